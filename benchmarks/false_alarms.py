@@ -119,13 +119,13 @@ def answered(job: Job, backend: str, artifact: Path, quant: str, threads: int) -
 def compared(job: Job, reference: ArmResult, other: ArmResult) -> dict[str, str]:
     """Return the verdicts: the other as a pruned arm, and as a second engine."""
     evidence = Evidence(
-        job.recipe.verify,
-        read_gate(),
-        reference,
-        other,
-        Path(),
-        {},
-        0.0,
+        settings=job.recipe.verify,
+        gate=read_gate(),
+        dense=reference,
+        pruned=other,
+        artifact=Path(),
+        artifact_files={},
+        requested_sparsity=0.0,
         backend="llamacpp",
         other_artifacts=(OtherArtifact(reference, "llamacpp", Path(), {}),),
     )
@@ -164,7 +164,12 @@ class Simulated:
             ("backends", "integrity", "sparsity", "template", "tokens"), "simulated"
         )
         evidence = Evidence(
-            settings, read_gate(), first, second, skip_reasons=no_file, roles=COMPARED_ROLES
+            settings=settings,
+            gate=read_gate(),
+            dense=first,
+            pruned=second,
+            skip_reasons=no_file,
+            roles=COMPARED_ROLES,
         )
         report, _ = build_report(evidence, [], recipe={}, model="b", target="", reference="a")
         return report

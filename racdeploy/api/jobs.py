@@ -249,6 +249,7 @@ def _open_examiner(
     from racdeploy.files.toml import validate
     from racdeploy.recipe import Verification
     from racdeploy.tasks import TaskSet
+    from racdeploy.verification.answer_cache import AnswerCache
     from racdeploy.verification.examiner import Examiner, ServerOptions
 
     names = Verification.model_fields.keys() & options.keys()
@@ -275,8 +276,16 @@ def _open_examiner(
         asked = TaskSet.load_evaluation(tasks)
         problems = asked.draw("evaluation", settings.seed, settings.count)
     settings = settings.model_copy(update={"count": len(problems)})
-    work, server = find_work(options), ServerOptions(options.get("server_key_env", ""))
-    return Examiner(problems, settings, gate, work, engine, options.get("progress"), server)
+    cache = AnswerCache(find_work(options), repeats_finished=True, keeps=False)
+    return Examiner(
+        problems,
+        settings,
+        gate,
+        cache,
+        engine=engine,
+        progress=options.get("progress"),
+        server=ServerOptions(options.get("server_key_env", "")),
+    )
 
 
 def find_work(options: Options) -> Path:

@@ -17,6 +17,7 @@ from racdeploy.runtime.deployed import DeployedModel, open_bundle
 from racdeploy.runtime.loading import check_companion_files
 from racdeploy.sparse_kernels import STOCK, AccelMode, kernels_used
 from racdeploy.tasks import Problem, TaskSet
+from racdeploy.verification.answer_cache import AnswerCache
 from racdeploy.verification.baseline import Baseline
 from racdeploy.verification.examiner import Examiner, ServerOptions
 from racdeploy.verification.gate import Gate, read_gate
@@ -121,14 +122,19 @@ class BundleToVerify:
     @cached_property
     def examiner(self) -> Examiner:
         """Asks the bundle's problems."""
-        # Kernels that will not be used identify the answers like kernels that are off.
+        # Kernels that will not be used are off, so that the report names no missing package.
         unused = self.accel == "auto" and kernels_used("auto", self.threads) == STOCK
         settings, accel = self.settings, "off" if unused else self.accel
-        engine = EngineSettings(
-            settings.context_tokens, settings.parallel, self.threads, accel=accel
-        )
         return Examiner(
-            self.problems, settings, self.gate, self.work, engine, self.progress, self.server
+            self.problems,
+            settings,
+            self.gate,
+            AnswerCache(self.work, repeats_finished=True, keeps=False),
+            engine=EngineSettings(
+                settings.context_tokens, settings.parallel, self.threads, accel=accel
+            ),
+            progress=self.progress,
+            server=self.server,
         )
 
     @cached_property

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy import harnesses, plugins
+from racdeploy import __version__, harnesses, plugins
 from racdeploy.bundles.bundle import BundleToVerify
 from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.files.code_hashes import base_version
 from racdeploy.files.stages import Stage
 from racdeploy.files.unprintable import replace_unprintable
 from racdeploy.files.writing import file_sha256
@@ -29,6 +30,7 @@ from racdeploy.results.answers import HarnessRun
 from racdeploy.runtime.control import describe_control
 from racdeploy.runtime.deployed import DeployedModel
 from racdeploy.verification.harness import compare
+from racdeploy.verification.subject import Subject
 
 _LAST_LINES = 12  # of a log in a message
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -116,8 +118,9 @@ class HarnessRunner:
             "harness": {self.name: self._version, **self.request.settings},
             "include": _hash_files(self.request.include),
             "arm": arm,
+            "version": base_version(__version__),
             "tokenizer": model.manifest.tokenizer.files,
-            **self.bundle.examiner.identify(model, model.hash_files()),
+            **self.bundle.examiner.identify(Subject.from_deployed(model)),
         }
         stage = Stage.open(self.bundle.work, "harness", inputs)
         # Absolute, because the harness runs in the folder of its log.

@@ -26,7 +26,7 @@ from racdeploy.runtime.deployed import DeployedModel, find_served
 from racdeploy.verification.baseline import Baseline, compare_fingerprints
 from racdeploy.verification.evidence import (
     ArmResult,
-    Evidence,
+    Findings,
     OtherArtifact,
     StopIds,
     length_budget,
@@ -37,6 +37,7 @@ from racdeploy.verification.measurements import encode_probes, probe_prompts, re
 from racdeploy.verification.plan import estimate_from_arms
 from racdeploy.verification.reference import Reference
 from racdeploy.verification.report_builder import build_report
+from racdeploy.verification.subject import Subject
 
 _NO_LOGITS = "logits were compared when the bundle was built: that needs the dense model and torch"
 _AS_BUILT = (
@@ -109,19 +110,22 @@ class BundleVerification:
         # The harness goes first: an unknown task fails within a minute.
         harness_runs, harness_notes = self.harness.run(self._fresh) if self.harness else (None, [])
         reference, origin = self._open_reference()
-        evidence, notes = bundle.examiner.examine(model, reference)
-        notes += origin
+        subject = Subject.from_deployed(model)
+        findings, ran = self._inspect(model)
         if not model.url:
-            evidence, ran = self._add_artifacts(evidence)
-            notes += ran
+            subject = replace(subject, sparsity=self._main.sparsity)
+        findings = replace(findings, harness=harness_runs)
+        evidence, notes = bundle.examiner.examine(subject, reference, findings)
 
+        kernels = evidence.pruned.kernels
+        if kernels and not model.url:
+            ran.insert(0, f"the pruned artifact ran on {kernels}")
         contents = bundle.contents
-        accepted = contents.recipe.export.accept_token_differences
         result = build_report(
-            replace(evidence, harness=harness_runs, token_differences=accepted),
-            [*notes, *harness_notes],
+            evidence,
+            [*notes, *origin, *ran, *harness_notes],
             recipe=contents.recipe.model_dump(mode="json"),
-            fingerprint=bundle.examiner.fingerprint(model),
+            fingerprint=bundle.examiner.fingerprint(model.url),
             **{name: getattr(contents.report, name) for name in _AS_BUILT},
         )
 
@@ -169,8 +173,8 @@ class BundleVerification:
         bundle, contents = self.bundle, self.bundle.contents
         recorded = contents.report.dense_arm
         if self._fresh is not None:
-            arm, _ = bundle.examiner.answer(bundle.open_dense(self._fresh), "dense")
-            arm = replace(arm, sparsity=recorded.sparsity)
+            dense = Subject.from_deployed(bundle.open_dense(self._fresh))
+            arm, _ = bundle.examiner.answer(replace(dense, sparsity=recorded.sparsity), "dense")
             notes = [f"the dense arm was run again, from {self._fresh.name}"]
         else:
             # No engine statistics: times of another run or machine cannot be compared.
@@ -209,51 +213,64 @@ class BundleVerification:
             "current one"
         ]
 
-        now = self.bundle.examiner.fingerprint(self._model)
+        now = self.bundle.examiner.fingerprint(self._model.url)
         if changed := "; ".join(compare_fingerprints(source.report.fingerprint, now)):
             notes.append(f"the dense answers were made under other conditions: {changed}")
         return notes
 
-    def _add_artifacts(self, evidence: Evidence) -> tuple[Evidence, list[str]]:
-        """Measure the main artifact, and run the others; return notes on all."""
+    @cached_property
+    def _main(self) -> _Measured:
+        """Content of the main artifact."""
+        contents = self.bundle.contents
+        return _measure_artifact(contents, contents.manifest.artifacts[0])
+
+    def _inspect(self, model: DeployedModel) -> tuple[Findings, list[str]]:
+        """Return what is found in the main artifact and by running the others, and notes on it."""
         bundle, stored = self.bundle, self.bundle.contents
-        main, *others = stored.manifest.artifacts
-        measured = _measure_artifact(stored, main)
-        pruned = replace(evidence.pruned, sparsity=measured.sparsity)
-        ran = [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
+        accepted = stored.recipe.export.accept_token_differences
+        if model.url:
+            return Findings(token_differences=accepted), []
 
-        also = []
-        for entry in others:
-            whose = f"the one for {entry.backend}"
-            model = replace(bundle.model, entry=entry, path=bundle.folder / entry.path)
-            arm, answers = bundle.examiner.answer(model, f"pruned, {entry.backend}")
-            arm = replace(arm, sparsity=_measure_artifact(stored, entry).sparsity)
-            also.append(OtherArtifact(arm, entry.backend, model.path, arm.files))
-            ran += note_resumed_answers(answers.reused, f" of {whose}")
-            ran += [f"{whose} ran on {arm.kernels}"] if arm.kernels else []
-
+        others, notes = self._run_others()
         generation = stored.manifest.generation
         control = describe_control(generation.max_thinking_tokens, generation.thinking)
         if control and generation.thinking != NO_CONTROL:
-            ran.append(f"the pruned model ran with its thinking control: {control}")
+            notes.append(f"the pruned model ran with its thinking control: {control}")
 
         sparsity = stored.manifest.pruning.get("requested_sparsity", stored.recipe.prune.sparsity)
         # The sparsity check must not expect zeros in linears that were to stay dense.
         dense_rows = (row for row in stored.report.linears if row.requested_sparsity == 0)
         prompt_ids = {record.question: record.prompt_ids for record in stored.pruned}
-        evidence = replace(
-            evidence,
-            pruned=pruned,
+        findings = Findings(
+            probes=None,  # unless the engine has a tokenizer
+            token_differences=accepted,
             requested_sparsity=float(sparsity),
             dense_linears=frozenset(row.name for row in dense_rows),
-            tensors=measured.tensors,
-            prunable=measured.prunable,
-            prompts=probe_prompts(bundle.model.encoder, measured.metadata, prompt_ids),
-            stop_ids=measured.stop_ids,
-            packing=main.packing,
-            other_artifacts=tuple(also),
+            tensors=self._main.tensors,
+            prunable=self._main.prunable,
+            prompts=probe_prompts(bundle.model.encoder, self._main.metadata, prompt_ids),
+            stop_ids=self._main.stop_ids,
+            packing=stored.manifest.artifacts[0].packing,
+            other_artifacts=tuple(others),
         )
-        return evidence, [*ran, _NO_LOGITS]
+        return findings, [*notes, _NO_LOGITS]
+
+    def _run_others(self) -> tuple[list[OtherArtifact], list[str]]:
+        """Answer with the artifacts for other engines; return them, and notes on how they ran."""
+        bundle, stored = self.bundle, self.bundle.contents
+        artifacts, notes = [], []
+        for entry in stored.manifest.artifacts[1:]:
+            whose = f"the one for {entry.backend}"
+            model = replace(bundle.model, entry=entry, path=bundle.folder / entry.path)
+            subject = replace(
+                Subject.from_deployed(model), sparsity=_measure_artifact(stored, entry).sparsity
+            )
+            arm, answers = bundle.examiner.answer(subject, f"pruned, {entry.backend}")
+            artifacts.append(OtherArtifact(arm, entry.backend, model.path, arm.files))
+            notes += note_resumed_answers(answers.reused, f" of {whose}")
+            if arm.kernels:
+                notes.append(f"{whose} ran on {arm.kernels}")
+        return artifacts, notes
 
 
 def _measure_artifact(contents: Baseline, entry: ArtifactEntry) -> _Measured:

@@ -22,7 +22,7 @@ from racdeploy.files.stages import Stage
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import map_new_ids, translate_ids
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.evaluation import BEFORE_RECOVERY, Evaluation, Rival
+from racdeploy.pipeline.evaluation import BEFORE_RECOVERY, Evaluation, ExportedArm
 from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.forecast import estimate_seconds
 from racdeploy.pipeline.gates import GateResult, check_artifact
@@ -68,7 +68,7 @@ class Build:
         object.__setattr__(self, "job", fit_context(fit_structure(self.job)))
 
     def run(
-        self, out: Path | None = None, extra_rivals: Sequence[Rival] = ()
+        self, out: Path | None = None, extra_rivals: Sequence[ExportedArm] = ()
     ) -> tuple[Path, Report]:
         """Run all stages; return the bundle's folder and its report.
 
@@ -83,7 +83,7 @@ class Build:
         """Return the plan of the stages; raise the first error that one of them would raise."""
         return check_build(self.job, out, self.work)
 
-    def make(self, extra_rivals: Sequence[Rival] = ()) -> bundling.BundleContents:
+    def make(self, extra_rivals: Sequence[ExportedArm] = ()) -> bundling.BundleContents:
         """Run all stages up to the verification; return what the bundle will contain."""
         if (shorter := self.shorten()) is not self:
             return shorter.make(extra_rivals)
@@ -288,7 +288,9 @@ class Build:
         label = "export" if pruned else "export dense"
         return export_model(self.workspace, folder, name, settings, metadata, importance, label)
 
-    def rivals(self, model: PrunedModel, dense: ExportResult, pruned: ExportResult) -> list[Rival]:
+    def rivals(
+        self, model: PrunedModel, dense: ExportResult, pruned: ExportResult
+    ) -> list[ExportedArm]:
         """Export the dense model in the quants of ``verify.controls``, in that order.
 
         If recovery changed the pruned model, the model before it comes first.
@@ -313,11 +315,11 @@ class Build:
         if before := model.before_recovery:
             quant = job.recipe.export.quant
             exported = self.export(before, f"{before.name}-{quant}")
-            rivals.append(Rival(BEFORE_RECOVERY, quant, exported, before))
+            rivals.append(ExportedArm(BEFORE_RECOVERY, quant, exported, before))
 
         for name in dict.fromkeys(names):
             exported = self._export_dense(model, name)
-            rivals.append(Rival(f"dense {name}", name, exported, job.model.folder))
+            rivals.append(ExportedArm(f"dense {name}", name, exported, job.model.folder))
 
         return rivals
 

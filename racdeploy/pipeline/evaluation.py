@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from racdeploy.engines.engine import EngineSettings, Progress
 from racdeploy.exporting import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
-from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import GateResult
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.structure import measure_kept
@@ -24,7 +24,6 @@ from racdeploy.pipeline.thinking import (
     note_control,
 )
 from racdeploy.pipeline.tokenization import compare_tokenization
-from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
@@ -32,25 +31,27 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
 from racdeploy.verification import measurements
-from racdeploy.verification.answer_sampler import AnswerSampler, SampledAnswers, TraceIds
+from racdeploy.verification.answer_cache import AnswerCache
+from racdeploy.verification.answer_sampler import SampledAnswers, TraceIds
 from racdeploy.verification.checks import memory, speed
-from racdeploy.verification.evidence import ArmResult, Evidence, LogitComparison, OtherArtifact
+from racdeploy.verification.evidence import ArmResult, Findings, LogitComparison, OtherArtifact
+from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.report_builder import build_report
 from racdeploy.verification.rivals import SAME_SIZE, note_missing_rivals
+from racdeploy.verification.subject import Subject
 from racdeploy.verification.top_logits import compare_checkpoints
 
 _ENOUGH_TOKENS = 0.98  # of the tokens that whole traces would have had
-
 
 BEFORE_RECOVERY = "before recovery"
 """Name of the pruned model before its recovery."""
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A model to compare with; ``folder`` has its checkpoint, whose tokenizer encodes prompts.
+class ExportedArm:
+    """An exported model; ``folder`` has its checkpoint, whose tokenizer encodes prompts.
 
-    ``control`` is of a dense one.
+    ``name`` is that of its arm.
     """
 
     name: str
@@ -73,45 +74,61 @@ class Evaluation:
     progress: Progress | None = None
     control: ShippedControl = UNCONTROLLED
 
-    def answer(
-        self,
-        exported: ExportResult,
-        arm: str,
-        folder: Path,
-        control: ShippedControl = UNCONTROLLED,
-        problems: Sequence[Problem] = (),
-    ) -> SampledAnswers:
-        """Answer the prompts with one artifact; repeat it if speed or memory have a limit.
-
-        Prompts are those of the evaluation, or other ``problems``, encoded by the tokenizer in
-        ``folder``.
-        """
-        job, settings = self.job, self._engine_settings
-        encoder = PromptEncoder.from_folder(folder)
-        sampler = AnswerSampler(
-            encoder,
-            find_tags(encoder),
-            Checkpoint(folder).eos_ids,
-            control.apply(job.recipe.verify),
-            self.progress,
-            control.settings,
-        )
-
+    @cached_property
+    def examiner(self) -> Examiner:
+        """Asks the prompts of the evaluation; finished answers are reused."""
+        job = self.job
+        settings = job.recipe.verify
         # If speed or memory have a limit, both arms must be measured in one run.
         limits = [job.gate.limits(check.Limits).ratio for check in (speed, memory)]
-        timed = not problems and limits != [None, None]
-
-        return answer_prompts(
-            Workspace(self.work),
-            sampler,
-            problems or job.problems("evaluation"),
-            arm,
-            exported.path,
-            exported.files,
-            job.backend,
+        return Examiner(
+            job.problems("evaluation"),
             settings,
-            measurements.fingerprint(settings),
-            repeat_finished=timed,
+            job.gate,
+            AnswerCache(self.work, repeats_finished=limits != [None, None]),
+            engine=EngineSettings(settings.context_tokens, settings.parallel, self.threads),
+            progress=self.progress,
+        )
+
+    def answer(
+        self, exported: ExportResult, arm: str, folder: Path, problems: Sequence[Problem] = ()
+    ) -> SampledAnswers:
+        """Answer prompts with one artifact, without control of its thinking.
+
+        Args:
+            folder: checkpoint whose tokenizer encodes the prompts.
+            problems: in place of those of the evaluation.
+        """
+        examiner = self.examiner
+        if problems:  # no figures are needed: finished answers are reused
+            examiner = replace(examiner, cache=AnswerCache(self.work))
+        _, answers = examiner.answer(self._make_subject(exported, folder), arm, problems)
+        return answers
+
+    def _ask(self, asked: ExportedArm) -> tuple[ArmResult, SampledAnswers]:
+        """Answer the prompts of the evaluation with one arm."""
+        exported = asked.exported
+        subject = replace(
+            self._make_subject(exported, asked.folder, asked.control),
+            quant=asked.quant,
+            sparsity=exporting.measure_sparsity(exported, self.job.prunable_weights),
+        )
+        return self.examiner.answer(subject, asked.name)
+
+    def _make_subject(
+        self, exported: ExportResult, folder: Path, control: ShippedControl = UNCONTROLLED
+    ) -> Subject:
+        encoder = PromptEncoder.from_folder(folder)
+        return Subject(
+            backend=self.job.backend,
+            path=exported.path,
+            files=exported.files,
+            encoder=encoder,
+            tags=find_tags(encoder),
+            stop_ids=Checkpoint(folder).eos_ids,
+            control=control.settings,
+            max_thinking_tokens=control.max_tokens,
+            size_bytes=exported.size_bytes,
         )
 
     def verify(
@@ -121,7 +138,7 @@ class Evaluation:
         pruned: ExportResult,
         gate_result: GateResult,
         also: Sequence[ExportResult] = (),
-        rivals: Sequence[Rival] = (),
+        rivals: Sequence[ExportedArm] = (),
     ) -> tuple[Report, list[AnswerRecord]]:
         """Answer the evaluation prompts with every artifact, compare, and decide.
 
@@ -130,7 +147,15 @@ class Evaluation:
         """
         recipe = self.job.recipe
         arms, traces, notes = self._answer_arms(model, dense, pruned, rivals)
-        evidence = self._gather(model, pruned, arms, traces, gate_result, also)
+        dense_arm, pruned_arm, *rival_arms = arms
+        findings = replace(
+            self._inspect(model, pruned, gate_result),
+            rivals=tuple(rival_arms),
+            logits=self._compare_logits(model, pruned, traces),
+            other_artifacts=self._answer_other_targets(model, also),
+        )
+        subject = self._make_subject(pruned, model.folder)
+        evidence = self.examiner.weigh(subject, dense_arm, pruned_arm, findings)
 
         # Notes follow the order of the build: calibration, pruning, export, gates.
         built = [
@@ -155,103 +180,76 @@ class Evaluation:
             deviations=pruned.deviations,
             kept_structure=measure_kept(self.job.checkpoint, model.checkpoint),
             recovery=model.recovery,
-            fingerprint=measurements.fingerprint(self._engine_settings),
+            fingerprint=self.examiner.fingerprint(),
         )
 
-    def _gather(
-        self,
-        model: PrunedModel,
-        pruned: ExportResult,
-        arms: Sequence[ArmResult],
-        traces: Sequence[TraceIds],
-        gate_result: GateResult,
-        also: Sequence[ExportResult],
-    ) -> Evidence:
-        """Return the evidence for the checks; arms are in the order dense, pruned, rivals."""
-        recipe = self.job.recipe
-        dense_arm, pruned_arm, *others = arms
-        form = exporting.load(recipe.export.format)
+    def _inspect(
+        self, model: PrunedModel, pruned: ExportResult, gate_result: GateResult
+    ) -> Findings:
+        """Return what was measured in the pruned artifact, and by the gates before."""
+        export = self.job.recipe.export
+        form = exporting.load(export.format)
         metadata, _ = form.measure(pruned.path)
         prunable = set(map(generalize_expert, model.checkpoint.shape.prunable_weights))
         encoder = PromptEncoder.from_folder(model.folder)
+        eos_ids = model.checkpoint.eos_ids
 
-        return Evidence(
-            settings=recipe.verify,
-            gate=self.job.gate,
-            dense=dense_arm,
-            pruned=pruned_arm,
-            backend=self.job.backend,
-            rivals=tuple(others),
-            artifact=pruned.path,
-            artifact_files=pruned.files,
+        return Findings(
             requested_sparsity=model.requested_sparsity,
             tensors=measurements.list_tensors(pruned.tensors),
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
             dense_linears=frozenset(r.name for r in model.linears if r.requested_sparsity == 0),
             probes=gate_result.probes,
-            token_differences=recipe.export.accept_token_differences,
-            logits=self._compare_logits(model, pruned, traces),
-            other_artifacts=self._answer_other_targets(model, also),
+            token_differences=export.accept_token_differences,
             prompts=measurements.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
-            stop_ids=measurements.read_stop_ids(
-                form.TOKENIZER_PREFIX, metadata, model.checkpoint.eos_ids
-            ),
-            packing=recipe.export.packing,
+            stop_ids=measurements.read_stop_ids(form.TOKENIZER_PREFIX, metadata, eos_ids),
+            packing=export.packing,
         )
-
-    @property
-    def _engine_settings(self) -> EngineSettings:
-        settings = self.job.recipe.verify
-        return EngineSettings(settings.context_tokens, settings.parallel, self.threads)
 
     def _answer_arms(
         self,
         model: PrunedModel,
         dense: ExportResult,
         pruned: ExportResult,
-        rivals: Sequence[Rival],
+        rivals: Sequence[ExportedArm],
     ) -> tuple[list[ArmResult], tuple[TraceIds, ...], list[str]]:
         """Return dense, pruned and rival arms, the dense traces, and notes on earlier answers."""
         job = self.job
-        requests = [
-            Rival("dense", job.reference_quant, dense, job.model.folder),
-            Rival("pruned", job.recipe.export.quant, pruned, model.folder),
-            *rivals,
+        asked = [
+            ExportedArm("dense", job.reference_quant, dense, job.model.folder),
+            ExportedArm("pruned", job.recipe.export.quant, pruned, model.folder, self.control),
         ]
-        answered = [self._answer_as(rival) for rival in requests]
+        for rival in rivals:
+            # What was pruned has the control that ships.
+            is_dense = rival.name.startswith("dense")
+            asked.append(rival if is_dense else replace(rival, control=self.control))
+        answered = [self._ask(candidate) for candidate in asked]
 
         if job.recipe.recover.shorten and SAME_SIZE in job.recipe.verify.controls:
             lengths = [
-                [record.thinking_tokens for record in answers.records] for answers in answered[:2]
+                [record.thinking_tokens for record in arm.records] for arm, _ in answered[:2]
             ]
             words = job.recipe.runtime.thinking.hesitation
             controls = list_dense_controls(job.encoder, words, *lengths)
             for name, control in controls.items():
-                requests.append(replace(requests[0], name=name, control=control))
-                answered.append(self._answer_as(requests[-1]))
+                answered.append(self._ask(replace(asked[0], name=name, control=control)))
 
         # Speed of an earlier run is not compared with speed of this one.
-        counted_before = all(answers.reused_stats for answers in answered)
+        counted_before = all(answers.reused_stats for _, answers in answered)
         arms = []
         notes = []
-        for rival, answers in zip(requests, answered, strict=True):
-            stats = answers.reused_stats if counted_before else answers.stats
-            arms.append(self._make_arm(rival.name, rival.quant, rival.exported, answers, stats))
+        for arm, answers in answered:
+            arms.append(replace(arm, stats=answers.reused_stats) if counted_before else arm)
             if answers.reused:
                 measured = "; racdeploy bench measures speed"
                 if counted_before:
                     measured = ", and so are speed and memory"
                 notes.append(
-                    f"{answers.reused} of {len(answers.records)} {rival.name} answers are of an "
+                    f"{answers.reused} of {len(answers.records)} {arm.name} answers are of an "
                     f"earlier run on this machine, with the same artifact and settings{measured}"
                 )
 
-        return arms, answered[0].traces, notes
-
-    def _answer_as(self, rival: Rival) -> SampledAnswers:
-        """Answer with one arm; what was pruned has the control that ships."""
-        control = rival.control if rival.name.startswith("dense") else self.control
-        return self.answer(rival.exported, rival.name, rival.folder, control)
+        return arms, answered[0][1].traces, notes
 
     def _answer_other_targets(
         self, model: PrunedModel, also: Sequence[ExportResult]
@@ -259,32 +257,19 @@ class Evaluation:
         """Answer with the artifacts of the other targets."""
         artifacts = []
         for job, exported in zip(self.job.siblings, also, strict=True):
-            sibling = replace(self, job=job)
-            name = f"pruned, {job.backend}"
-            answers = sibling.answer(exported, name, model.folder, self.control)
-            stats = answers.reused_stats or answers.stats
-            arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers, stats)
+            name, quant = f"pruned, {job.backend}", job.recipe.export.quant
+            candidate = ExportedArm(name, quant, exported, model.folder, self.control)
+            arm, answers = replace(self, job=job)._ask(candidate)
+            arm = replace(arm, stats=answers.reused_stats or answers.stats)
             artifacts.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
 
         return tuple(artifacts)
-
-    def _make_arm(
-        self,
-        name: str,
-        quant: str,
-        exported: ExportResult,
-        answers: SampledAnswers,
-        stats: Mapping[str, float],
-    ) -> ArmResult:
-        sparsity = exporting.measure_sparsity(exported, self.job.prunable_weights)
-        known = (exported.size_bytes, quant, sparsity)
-        return ArmResult(name, answers.records, *known, stats, exported.files, answers.kernels)
 
     def _compare_logits(
         self, model: PrunedModel, pruned: ExportResult, traces: Sequence[TraceIds]
     ) -> LogitComparison | None:
         """Compare both checkpoints under torch and the artifact on the dense model's traces."""
-        exact = replace(self._engine_settings, parallel=1, cache_dtype="f32")
+        exact = replace(self.examiner.engine, parallel=1, cache_dtype="f32")
         return compare_checkpoints(
             lambda: open_engine("transformers", model.folder, exact),
             lambda: open_engine("transformers", self.job.model.folder, exact),

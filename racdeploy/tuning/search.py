@@ -359,8 +359,7 @@ class Search:
         assert entry.model
         assert entry.exported
         evaluation = self.build(entry.spec.job).evaluation
-        folder = entry.model.folder
-        answers = evaluation.answer(entry.exported, entry.name, folder, problems=problems)
+        answers = evaluation.answer(entry.exported, entry.name, entry.model.folder, problems)
         return Scores.from_records(answers.records)
 
     def build(self, job: Job) -> Build:

@@ -10,7 +10,7 @@ from pathlib import Path
 from racdeploy import __version__
 from racdeploy.errors import UsageError
 from racdeploy.pipeline.bundling import check_replaceable
-from racdeploy.pipeline.evaluation import Rival
+from racdeploy.pipeline.evaluation import ExportedArm
 from racdeploy.processes.cores import available_cores
 from racdeploy.report.files import read_records
 from racdeploy.report.tables import format_with_units
@@ -92,11 +92,11 @@ def find_rival(entries: Sequence[Entry], order: Sequence[Entry]) -> Entry | None
     return min(made, key=lambda entry: entry.distance, default=None)
 
 
-def _as_rival(entry: Entry) -> Rival:
+def _as_rival(entry: Entry) -> ExportedArm:
     assert entry.exported
     assert entry.model
     quant = entry.spec.recipe.export.quant
-    return Rival(_name_arm(entry), quant, entry.exported, entry.model.folder)
+    return ExportedArm(_name_arm(entry), quant, entry.exported, entry.model.folder)
 
 
 def _name_arm(entry: Entry) -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from racdeploy.report.files import number_repeats
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import COMPARED_ROLES, Report
 from racdeploy.runtime.deployed import DeployedModel, is_url
-from racdeploy.verification.evidence import PromptProbe, StopIds
+from racdeploy.verification.evidence import Findings, PromptProbe, StopIds
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.measurements import MAX_PROMPTS, encode_probes, probe_tokens
 from racdeploy.verification.plan import Expectation
 from racdeploy.verification.reference import Reference
 from racdeploy.verification.report_builder import build_report
+from racdeploy.verification.subject import Subject
 from racdeploy.verification.token_comparison import TokenComparison
 
 _notify = logging.getLogger("racdeploy").info
@@ -128,26 +129,23 @@ class ModelComparison:
     def _compare(
         self, model: DeployedModel, reference: Reference
     ) -> tuple[Report, list[AnswerRecord]]:
-        evidence, notes = self.examiner.examine(model, reference)
-        probes, encoder = evidence.probes, model.encoder
-        if probes is None and not model.url:
-            probes = probe_tokens(encoder.encode_text, reference.probes)
-
+        encoder, tokenizer = model.encoder, model.manifest.tokenizer
         # Both templates, beginning-of-sequence included.
         asked = {record.question: record.prompt_ids for record in reference.arm.records}
         prompts = [
             PromptProbe(question, ids, tuple(encoder.encode(question)), None, ())
             for question, ids in islice(asked.items(), MAX_PROMPTS)
         ]
-        evidence = replace(
-            evidence,
-            probes=probes,
+        findings = Findings(
+            probes=probe_tokens(encoder.encode_text, reference.probes),
             prompts=tuple(prompts),
-            stop_ids=StopIds(reference.stop_ids, model.eos_id, model.manifest.tokenizer.eos_ids),
-            open_tags=(reference.open_tag, model.manifest.tokenizer.open_tag or ""),
+            stop_ids=StopIds(reference.stop_ids, model.eos_id, tokenizer.eos_ids),
+            open_tags=(reference.open_tag, tokenizer.open_tag or ""),
             roles=COMPARED_ROLES,
-            skip_reasons={**_NOT_PRUNED, **evidence.skip_reasons},
+            skip_reasons=_NOT_PRUNED,
         )
+        subject = Subject.from_deployed(model)
+        evidence, notes = self.examiner.examine(subject, reference, findings)
         settings = self.examiner.settings.model_dump(mode="json")
         return build_report(
             evidence,
@@ -156,5 +154,5 @@ class ModelComparison:
             model=model.name,
             target=model.entry.backend,
             reference=reference.name,
-            fingerprint=self.examiner.fingerprint(model),
+            fingerprint=self.examiner.fingerprint(model.url),
         )

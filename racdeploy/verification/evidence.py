@@ -186,12 +186,11 @@ class LogitComparison:
     lost_mass: float = 0.0
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Measurements that the checks decide on; None or empty stands for "not measured".
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Measurements of a model besides its answers; None or empty stands for "not measured".
 
     Args:
-        artifact_files: recorded SHA-256 of each file, by its path from the main file's folder.
         requested_sparsity: share of zeros over the prunable weights that the last kept pruning
             step asked for.
         prunable: names of the artifact's prunable tensors.
@@ -206,12 +205,6 @@ class Evidence:
         roles: words for both arms.
     """
 
-    settings: Verification
-    gate: Gate
-    dense: ArmResult
-    pruned: ArmResult
-    artifact: Path = Path()
-    artifact_files: Mapping[str, str] = field(default_factory=dict)
     requested_sparsity: float = 0.0
     tensors: tuple[TensorRow, ...] = ()
     prunable: frozenset[str] = frozenset()
@@ -219,7 +212,6 @@ class Evidence:
     probes: tuple[TokenProbe, ...] | None = ()
     token_differences: float = 0.0
     logits: LogitComparison | None = None
-    backend: str = ""
     other_artifacts: tuple[OtherArtifact, ...] = ()
     rivals: tuple[ArmResult, ...] = ()
     prompts: tuple[PromptProbe, ...] = ()
@@ -229,6 +221,25 @@ class Evidence:
     skip_reasons: Mapping[str, str] = field(default_factory=dict)
     harness: HarnessRun | None = None
     roles: tuple[str, str] = BUILT_ROLES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence(Findings):
+    """Everything that the checks decide on: the answers of both models, and the findings.
+
+    ``Examiner.weigh`` is the only place that makes one.
+
+    Args:
+        artifact_files: recorded SHA-256 of each file, by its path from the main file's folder.
+    """
+
+    settings: Verification
+    gate: Gate
+    dense: ArmResult
+    pruned: ArmResult
+    backend: str = ""
+    artifact: Path = Path()
+    artifact_files: Mapping[str, str] = field(default_factory=dict)
 
     def choose(self, built: str, compared: str) -> str:
         """Return the words for a bundle, or those for a comparison of other models."""

@@ -5,33 +5,38 @@ Answers are kept in the work folder until all are judged, so that an interrupted
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from racdeploy import __version__, plugins
-from racdeploy.engines import open_engine
+from racdeploy import plugins
 from racdeploy.engines.backends.server import ServerEngine
 from racdeploy.engines.backends.server.chat import ChatEngine, ChatTokenizer
-from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.engine import Engine, EngineSettings, Progress
 from racdeploy.errors import UsageError
-from racdeploy.files.code_hashes import base_version
 from racdeploy.files.reading import Json
-from racdeploy.files.stages import Stage
 from racdeploy.recipe import Verification
 from racdeploy.runtime.deployed import DeployedModel
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_prompt_state
+from racdeploy.sparse_kernels import STOCK, kernels_used
 from racdeploy.tasks import Problem
+from racdeploy.verification.answer_cache import AnswerCache
 from racdeploy.verification.answer_sampler import AnswerSampler, SampledAnswers, identify_answers
-from racdeploy.verification.evidence import ArmResult, Evidence, LogitComparison, TokenProbe
+from racdeploy.verification.evidence import (
+    ArmResult,
+    Evidence,
+    Findings,
+    LogitComparison,
+    TokenProbe,
+)
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.measurements import encode_probes, fingerprint, probe_tokens
 from racdeploy.verification.plan import Expectation, plan
 from racdeploy.verification.reference import Reference
+from racdeploy.verification.subject import Subject
 from racdeploy.verification.top_logits import average, compare_top_logits, record_top_logits
 
 ServerApi = Literal["chat", "completions"]
@@ -58,16 +63,19 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class Examiner:
-    """Asks models the same problems, each on its engine or server."""
+    """Asks models the same problems, each on its engine or server.
+
+    Args:
+        cache: of the answers.
+    """
 
     problems: Sequence[Problem]
     settings: Verification
     gate: Gate
-    work: Path
+    cache: AnswerCache
     engine: EngineSettings
     progress: Progress | None = None
     server: ServerOptions = field(default_factory=ServerOptions)
-    _used: set[Path] = field(default_factory=set, init=False, compare=False)
 
     def plan(self, models: Sequence[DeployedModel], expected: Expectation) -> Json:
         """Return costs and power; raise UsageError for what would fail after the first answers."""
@@ -98,45 +106,68 @@ class Examiner:
                 remedy=f"--context-tokens {min(room, model.context_limit)}, or shorter questions",
             )
 
-    def fingerprint(self, model: DeployedModel) -> Json:
-        """Return the machine, engine settings and server that answers depend on."""
-        served = {"server": {"url": model.url, "api": self.server.api}} if model.url else {}
+    def fingerprint(self, url: str = "") -> Json:
+        """Return the machine, engine settings and server that answers depend on.
+
+        Args:
+            url: of a server; empty for a file.
+        """
+        served = {"server": {"url": url, "api": self.server.api}} if url else {}
         return fingerprint(self.engine) | served
 
-    def make_sampler(self, model: DeployedModel) -> AnswerSampler:
+    def make_sampler(self, subject: Subject) -> AnswerSampler:
         """Return the sampler of a model's answers, with its own thinking control and budget."""
-        known, generation = model.manifest.tokenizer, model.manifest.generation
-        budget = generation.max_thinking_tokens or self.settings.max_thinking_tokens
-        settings = self.settings.model_copy(update={"max_thinking_tokens": budget})
-        asked = (model.encoder, model.tags, known.eos_ids, settings)
-        label = f"ask {model.url or model.entry.path}"
-        return AnswerSampler(*asked, self.progress, generation.thinking, label)
+        budget = subject.max_thinking_tokens or self.settings.max_thinking_tokens
+        return AnswerSampler(
+            encoder=subject.encoder,
+            tags=subject.tags,
+            stop_ids=subject.stop_ids,
+            settings=self.settings.model_copy(update={"max_thinking_tokens": budget}),
+            progress=self.progress,
+            control=subject.control,
+            label=subject.label,
+        )
 
-    def answer(self, model: DeployedModel, arm: str) -> tuple[ArmResult, SampledAnswers]:
-        """Answer all problems; resumed where files and settings are the same."""
-        files = model.hash_files()
-        stage = Stage.open(self.work, "verify", self.identify(model, files))
-        self._used.add(stage.folder)
+    def answer(
+        self, subject: Subject, arm: str, problems: Sequence[Problem] = ()
+    ) -> tuple[ArmResult, SampledAnswers]:
+        """Answer all problems, or those given; resumed where files and settings are the same."""
+        answers = self.cache.answer(
+            subject,
+            self.make_sampler(subject),
+            partial(self.open, subject),
+            problems=problems or self.problems,
+            arm=arm,
+            inputs=self.identify(subject),
+        )
+        result = ArmResult(
+            name=arm,
+            records=answers.records,
+            size_bytes=subject.size_bytes,
+            quant=subject.quant,
+            sparsity=subject.sparsity,
+            stats=answers.stats,
+            files=subject.files,
+            kernels=answers.kernels,
+        )
+        return result, answers
 
-        log = CompletionLog(stage.folder / "completions.jsonl")
-        sampler, opener = self.make_sampler(model), partial(self.open, model)
-        answers = sampler.answer(opener, self.problems, arm, log)
-        size_bytes = model.entry.size_bytes or None
-        known = (size_bytes, model.entry.quant, None, answers.stats, files, answers.kernels)
-        return ArmResult(arm, answers.records, *known), answers
+    def identify(self, subject: Subject) -> Json:
+        """Return everything that a model's answers depend on, without the code."""
+        # Kernels that will not be used identify the answers like kernels that are off.
+        engine = self.engine
+        if engine.accel == "auto" and kernels_used("auto", engine.threads) == STOCK:
+            engine = replace(engine, accel="off")
+        machine = self.fingerprint(subject.url)
+        inputs = identify_answers(subject.files, self.make_sampler(subject), engine, machine)
+        return {"backend": subject.backend, **inputs}
 
-    def identify(self, model: DeployedModel, files: Mapping[str, str]) -> Json:
-        """Return everything that answers of a model with these file hashes depend on."""
-        machine = self.fingerprint(model)
-        inputs = identify_answers(files, self.make_sampler(model), self.engine, machine)
-        return {"version": base_version(__version__), "backend": model.entry.backend, **inputs}
-
-    def open(self, model: DeployedModel) -> Engine:
+    def open(self, subject: Subject) -> Engine:
         """Load a model, or connect to its server."""
-        if not model.url:
-            return open_engine(model.entry.backend, model.path, self.engine)
+        if not subject.url:
+            return subject.open(self.engine)
 
-        url, _, name = model.url.partition("#")
+        url, _, name = subject.url.partition("#")
         options: Json = {
             "model": name,
             "key_env": self.server.key_env,
@@ -144,16 +175,17 @@ class Examiner:
         }
         if self.server.api == "completions":
             return ServerEngine(url, self.engine, tokenizer=self.server.tokenizer, **options)
-        return ChatEngine(url, self.engine, self._make_chat_tokenizer(model), **options)
+        return ChatEngine(url, self.engine, self._make_chat_tokenizer(subject), **options)
 
     def record(self, model: DeployedModel, tasks: tuple[str, ...]) -> Reference:
         """Answer with the reference model, and return all that candidates are compared with."""
-        arm, answers = self.answer(model, "dense")
+        subject = Subject.from_deployed(model)
+        arm, answers = self.answer(subject, "dense")
         known = [] if model.url else answers.traces
         traces = [(prompt, ids[:_MAX_LOGIT_TOKENS]) for prompt, ids in known]
         logits = []
         if traces:
-            with self.open(model) as engine:
+            with self.open(subject) as engine:
                 logits = record_top_logits(engine, traces, self.progress)
 
         encoder, tokenizer = model.encoder, model.manifest.tokenizer
@@ -166,62 +198,81 @@ class Examiner:
             open_tag=tokenizer.open_tag or "",
             probes=encode_probes(encoder),
             completions=tuple(completion for _, completion in traces),
-            fingerprint=self.fingerprint(model),
+            fingerprint=self.fingerprint(model.url),
             arm=arm,
             logits=tuple(logits),
         )
 
-    def examine(self, model: DeployedModel, reference: Reference) -> tuple[Evidence, list[str]]:
-        """Ask a candidate; return the evidence for the checks, and notes for the report."""
-        arm, answers = self.answer(model, "pruned")
-        with self.open(model) as engine:
-            probes = probe_tokens(engine.tokenize, reference.probes)
-            notes, skipped, logits = [], {}, None
-            if isinstance(engine, ServerEngine):
-                notes = self._describe_server(engine, model)
-                # Checks without evidence are skipped, with the reason in the report.
-                hidden = {*plugins.list_names("checks")} - {*_JUDGED_BY_SERVER, "tokens"}
-                skipped = dict.fromkeys(hidden, "the files behind a server cannot be read")
-                if probes is None:
-                    skipped["tokens"] = "the server has no endpoint for tokenizing"
-                else:
-                    probes = _drop_lead(probes, model)
-            elif reason := reference.refuse_logits(model.encoder):
-                skipped["logits"] = reason
-            else:
-                logits = self._compare_logits(engine, reference)
+    def examine(
+        self, subject: Subject, reference: Reference, findings: Findings
+    ) -> tuple[Evidence, list[str]]:
+        """Ask a candidate, its engine's tokenizer, and its logits where the reference has some.
 
-        evidence = Evidence(
+        Args:
+            findings: what was found in its files. Token ids in them count where the engine has no
+                tokenizer.
+
+        Returns:
+            The evidence for the checks, and notes for the report.
+        """
+        arm, answers = self.answer(subject, "pruned")
+        notes = []
+        with self.open(subject) as engine:
+            probes = probe_tokens(engine.tokenize, reference.probes)
+            if isinstance(engine, ServerEngine):
+                notes = self._describe_server(engine, subject)
+                findings = _limit_to_server(findings, subject, probes)
+            else:
+                if probes is not None:
+                    findings = replace(findings, probes=probes)
+                findings = self._add_logits(findings, engine, subject, reference)
+
+        evidence = self.weigh(subject, reference.arm, arm, findings)
+        return evidence, [*notes, *note_resumed_answers(answers.reused)]
+
+    def weigh(
+        self, subject: Subject, dense: ArmResult, pruned: ArmResult, findings: Findings
+    ) -> Evidence:
+        """Return the evidence for the checks.
+
+        Args:
+            dense: answers of the reference.
+            pruned: answers of the subject.
+            findings: all that was measured besides.
+        """
+        return Evidence(
+            **vars(findings),
             settings=self.settings,
             gate=self.gate,
-            dense=reference.arm,
-            pruned=arm,
-            backend=model.entry.backend,
-            artifact=model.file,
-            artifact_files=arm.files,
-            probes=probes,
-            logits=logits,
-            skip_reasons=skipped,
+            dense=dense,
+            pruned=pruned,
+            backend=subject.backend,
+            artifact=subject.file,
+            artifact_files=subject.files,
         )
-        return evidence, [*notes, *note_resumed_answers(answers.reused)]
 
     def forget(self) -> None:
         """Remove the stored answers, which a finished run no longer needs."""
-        for folder in self._used:
-            shutil.rmtree(folder)
+        self.cache.forget()
 
-    def _compare_logits(self, engine: Engine, reference: Reference) -> LogitComparison | None:
-        """Run the reference's answers through a candidate; None if none were recorded."""
+    def _add_logits(
+        self, findings: Findings, engine: Engine, subject: Subject, reference: Reference
+    ) -> Findings:
+        """Run the reference's answers through a candidate, unless there is a reason not to."""
+        if reason := reference.refuse_logits(subject.encoder):
+            return replace(findings, skip_reasons={**findings.skip_reasons, "logits": reason})
+
         traces = reference.traces
         if not traces:
-            return None
+            return findings
         compared = compare_top_logits(engine, traces, reference.logits, self.progress)
         tokens = sum(len(each.kl_T) for each in compared)
-        return LogitComparison(tokens, average(compared), traces=len(traces))
+        logits = LogitComparison(tokens, average(compared), traces=len(traces))
+        return replace(findings, logits=logits)
 
-    def _make_chat_tokenizer(self, model: DeployedModel) -> ChatTokenizer:
+    def _make_chat_tokenizer(self, subject: Subject) -> ChatTokenizer:
         """Return what maps prompt ids to questions: the server renders its own template."""
-        encoder, tags = model.encoder, model.tags
+        encoder, tags = subject.encoder, subject.tags
         by_ids = {tuple(encoder.encode(each.question)): each.question for each in self.problems}
         chat = ChatTokenizer(by_ids, encoder.encode_text)
         if tags is None:
@@ -229,8 +280,8 @@ class Examiner:
         is_open = find_prompt_state(next(iter(by_ids)), tags) == "open"
         return replace(chat, open_ids=tags.open_ids, close_ids=tags.close_ids, starts_open=is_open)
 
-    def _describe_server(self, engine: ServerEngine, model: DeployedModel) -> list[str]:
-        url = model.url.partition("#")[0]
+    def _describe_server(self, engine: ServerEngine, subject: Subject) -> list[str]:
+        url = subject.url.partition("#")[0]
         notes = [
             f"the answers are of what {url} serves as {engine.model!r}; its weights cannot be "
             "checked"
@@ -245,9 +296,23 @@ def note_resumed_answers(earlier: int, whose: str = "") -> list[str]:
     return [f"{earlier} answers{whose} are of an earlier run that was interrupted"] * (earlier > 0)
 
 
-def _drop_lead(probes: tuple[TokenProbe, ...], model: DeployedModel) -> tuple[TokenProbe, ...]:
+def _limit_to_server(
+    findings: Findings, subject: Subject, probes: tuple[TokenProbe, ...] | None
+) -> Findings:
+    """Return the findings with a reason for every check that a server gives no evidence for."""
+    hidden = {*plugins.list_names("checks")} - {*_JUDGED_BY_SERVER, "tokens"}
+    reasons = dict.fromkeys(hidden, "the files behind a server cannot be read")
+    if probes is None:
+        reasons["tokens"] = "the server has no endpoint for tokenizing"
+    else:
+        probes = _drop_lead(probes, subject.encoder)
+    skipped = {**findings.skip_reasons, **reasons}
+    return replace(findings, probes=probes, skip_reasons=skipped)
+
+
+def _drop_lead(probes: tuple[TokenProbe, ...], encoder: PromptEncoder) -> tuple[TokenProbe, ...]:
     """Drop a BOS that starts every text, as llama_cpp.server adds it."""
-    lead = tuple(model.encoder.encode_text(model.encoder.bos_token))
+    lead = tuple(encoder.encode_text(encoder.bos_token))
     if not all(probe.actual[: len(lead)] == lead for probe in probes):
         return probes
     return tuple(replace(probe, actual=probe.actual[len(lead) :]) for probe in probes)

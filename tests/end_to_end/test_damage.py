@@ -171,13 +171,15 @@ def test_a_quant_that_loses_zeros_is_refused_and_caught(bench: Bench, tmp_path: 
         tensor for tensor in exported.tensors if tensor.source in bench.build.job.prunable_weights
     ]
     zeros = sum(tensor.zeros for tensor in linears) / len(linears)
+    arm = replace(arm_of([]), quant="q4_k", sparsity=zeros)
     evidence = Evidence(
-        bench.build.job.recipe.verify,
-        read_gate(),
-        *[replace(arm_of([]), quant="q4_k", sparsity=zeros)] * 2,
-        exported.path,
-        exported.files,
-        0.5,
+        settings=bench.build.job.recipe.verify,
+        gate=read_gate(),
+        dense=arm,
+        pruned=arm,
+        artifact=exported.path,
+        artifact_files=exported.files,
+        requested_sparsity=0.5,
         tensors=list_tensors(exported.tensors),
         prunable=frozenset(tensor.name for tensor in linears),
         packing="bitmask",
@@ -194,13 +196,13 @@ def test_longer_thinking_with_equal_accuracy_is_caught(bench: Bench) -> None:
         r.model_copy(update={"thinking_tokens": round(1.3 * r.thinking_tokens)}) for r in dense
     ]
     evidence = Evidence(
-        bench.build.job.recipe.verify,
-        read_gate(),
-        arm_of(dense),
-        arm_of(longer),
-        bench.pruned.path,
-        {},
-        0.5,
+        settings=bench.build.job.recipe.verify,
+        gate=read_gate(),
+        dense=arm_of(dense),
+        pruned=arm_of(longer),
+        artifact=bench.pruned.path,
+        artifact_files={},
+        requested_sparsity=0.5,
     )
     found = thinking.check(evidence)
     assert (found.verdict, found.summary.startswith("length: thinking length ratio 1.3")) == (

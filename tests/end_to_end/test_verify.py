@@ -97,7 +97,7 @@ def test_a_killed_run_loses_only_the_prompts_in_flight(built: Path, tmp_path: Pa
     while kept < 20 and process.poll() is None and time.monotonic() < deadline:
         kept = sum(
             len(file.read_bytes().splitlines())
-            for file in tmp_path.glob("verify-*/completions.jsonl")
+            for file in tmp_path.glob("answers-*/completions.jsonl")
         )
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

@@ -23,7 +23,7 @@ STAGES = {
     "traces": "racdeploy.pipeline.trace_stage",
     "prune": "racdeploy.pipeline.prune_stage",
     "export": "racdeploy.pipeline.export_stage",
-    "answers": "racdeploy.pipeline.answer_stage",
+    "answers": "racdeploy.verification.answer_cache",
 }
 
 
@@ -222,5 +222,5 @@ def test_another_commit_keeps_the_address(monkeypatch: pytest.MonkeyPatch) -> No
     found = []
     for version in ("0.1.dev458", "0.1.dev459", "0.1.0", "0.1.1.dev1"):
         monkeypatch.setattr(workspace, "__version__", version)
-        found.append(workspace.identify_code("racdeploy.pipeline.answer_stage")["version"])
+        found.append(workspace.identify_code("racdeploy.pipeline.trace_stage")["version"])
     assert found == ["0.1.0", "0.1.0", "0.1.0", "0.1.1"]

@@ -151,10 +151,10 @@ def _told(left: float) -> Report:
     )
     arm = ArmResult("pruned", (), quant="q4_k", sparsity=left)
     evidence = Evidence(
-        Recipe().verify,
-        read_gate(),
-        arm,
-        arm,
+        settings=Recipe().verify,
+        gate=read_gate(),
+        dense=arm,
+        pruned=arm,
         requested_sparsity=0.5,
         tensors=tensors,
         prunable=frozenset(row.name for row in tensors),

@@ -78,7 +78,12 @@ def _check(checkpoint: Checkpoint, artifact: ExportResult, share: float) -> Gate
 def _judge(found: GateResult, share: float) -> CheckResult:
     arm = arm_of([record(0)])
     evidence = Evidence(
-        Recipe().verify, read_gate(), arm, arm, probes=found.probes, token_differences=share
+        settings=Recipe().verify,
+        gate=read_gate(),
+        dense=arm,
+        pruned=arm,
+        probes=found.probes,
+        token_differences=share,
     )
     return tokens.check(evidence).to_result("tokens")
 

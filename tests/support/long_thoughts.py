@@ -20,6 +20,7 @@ from racdeploy.recipe import Verification
 from racdeploy.report.files import write_reports
 from racdeploy.runtime.deployed import DeployedModel, find_model
 from racdeploy.tasks import Problem
+from racdeploy.verification.answer_cache import AnswerCache
 from racdeploy.verification.compare import ModelComparison
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.gate import read_gate
@@ -40,7 +41,9 @@ def main(work: Path, tokens: int) -> None:
         count=PROMPTS, max_new_tokens=room - 128, context_tokens=room, logit_traces=0
     )
     engine = EngineSettings(room, 1, 1)
-    examiner = Examiner(problems, settings, read_gate(), work, engine)
+    examiner = Examiner(
+        problems, settings, read_gate(), AnswerCache(work, keeps=False), engine=engine
+    )
     models = [
         _write_script(model, problems, work / f"{name}.json", tokens)
         for name in ("reference", "candidate")

@@ -31,13 +31,13 @@ def evidence_of(count: int, *, wrong: int = 0, longer: int = 0) -> Evidence:
     ]
     other = OtherArtifact(replace(arm_of(changed), quant="f32"), "onnxruntime", Path(), {})
     return Evidence(
-        Verification(),
-        read_gate(),
-        main,
-        main,
-        Path(),
-        {},
-        0.5,
+        settings=Verification(),
+        gate=read_gate(),
+        dense=main,
+        pruned=main,
+        artifact=Path(),
+        artifact_files={},
+        requested_sparsity=0.5,
         backend="llamacpp",
         other_artifacts=(other,),
     )

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from benchmarks.false_alarms import Simulated
-from racdeploy.recipe import Verification
 from racdeploy.verification.checks import accuracy, backends, thinking
-from racdeploy.verification.evidence import ArmResult, Evidence, OtherArtifact
+from racdeploy.verification.evidence import ArmResult, OtherArtifact
 from racdeploy.verification.gate import read_gate
+from tests.support.evidence import make_evidence
 from tests.support.records import arm_of, record
 
 CHECKS = {"accuracy": accuracy, "thinking": thinking, "backends": backends}
@@ -54,14 +54,11 @@ def _verdicts(seed: int, flips: float, spread: float) -> dict[str, str]:
         )
         for _ in range(2)
     )
-    evidence = Evidence(
-        Verification(),
-        gate,
+    evidence = make_evidence(
         first,
         second,
-        Path(),
-        {},
-        0.0,
+        gate=gate,
+        requested_sparsity=0.0,
         backend="a",
         other_artifacts=(OtherArtifact(first, "b", Path(), {}),),
     )
@@ -97,6 +94,4 @@ def test_unlike_arms_do() -> None:
     n = gate.tiers.standard.prompts
     lengths_N, none_N = np.full(n, 100.0), np.zeros(n, dtype=bool)
     good, bad = (_arm(generator.random(n) >= lost, lengths_N, none_N) for lost in (0.0, 0.12))
-    assert (
-        accuracy.check(Evidence(Verification(), gate, good, bad, Path(), {}, 0.0)).verdict == "fail"
-    )
+    assert accuracy.check(make_evidence(good, bad, gate=gate)).verdict == "fail"

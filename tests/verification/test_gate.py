@@ -29,6 +29,7 @@ from racdeploy.verification.evidence import (
 )
 from racdeploy.verification.gate import GATE_EXAMPLE, TIERS, make_gate_model, read_gate
 from tests.support.errors import raises
+from tests.support.evidence import make_evidence
 from tests.support.records import arm_of, record
 
 INVALID = "invalid-settings"
@@ -150,9 +151,7 @@ def _evidence(
     gate_file: Path | None, dense: ArmResult, pruned: ArmResult, **more: object
 ) -> Evidence:
     file = Path(__file__)
-    return Evidence(
-        Verification(), read_gate(gate_file), dense, pruned, file, {file.name: ""}, 0.5, **more
-    )  # type: ignore[arg-type]
+    return make_evidence(dense, pruned, gate=read_gate(gate_file), file=file, **more)
 
 
 def test_what_the_gate_does_not_ask_for_is_skipped(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_long_thoughts_are_compared_and_resumed(tmp_path: Path) -> None:
     )
     kept = 0
     while kept < 2 and process.poll() is None:
-        logs = (tmp_path / "long").glob("verify-*/completions.jsonl")
+        logs = (tmp_path / "long").glob("answers-*/completions.jsonl")
         kept = sum(log.read_bytes().count(b"\n") for log in logs)
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

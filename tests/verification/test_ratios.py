@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from racdeploy.recipe import Verification
 from racdeploy.verification.checks import memory, speed
-from racdeploy.verification.evidence import ArmResult, Evidence, Outcome
+from racdeploy.verification.evidence import ArmResult, Outcome
 from racdeploy.verification.gate import read_gate
+from tests.support.evidence import make_evidence
 
 DENSE = {"decode_s": 2.0, "generated_tokens": 1000.0, "peak_rss_bytes": 4e8}
 PRUNED = {"decode_s": 1.0, "generated_tokens": 750.0, "peak_rss_bytes": 3e8}
@@ -26,7 +24,7 @@ def _checked(
         for name, stats in (("dense", dense), ("pruned", pruned))
     )
     gate = read_gate(built={"speed": {"ratio": speed_limit}, "memory": {"ratio": memory_limit}})
-    evidence = Evidence(Verification(), gate, *arms, Path(), {}, 0.5)
+    evidence = make_evidence(*arms, gate=gate)
     return speed.check(evidence), memory.check(evidence)
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from racdeploy.recipe import Recipe, Verification
+from racdeploy.recipe import Recipe
 from racdeploy.results.pruning import RecoveryRow
-from racdeploy.verification.evidence import Evidence
-from racdeploy.verification.gate import read_gate
 from racdeploy.verification.report_builder import build_report
+from tests.support.evidence import make_evidence
 from tests.support.records import arm_of, record
 
 
 def test_what_was_learned_is_in_the_report() -> None:
     """Look by look, as the build hands it over."""
     arm, file = arm_of([record(index) for index in range(40)]), Path(__file__)
-    evidence = Evidence(Verification(), read_gate(None), arm, arm, file, {file.name: ""}, 0.5)
+    evidence = make_evidence(arm, arm, file=file)
     rows = [RecoveryRow(phase="start", tokens=0), RecoveryRow(phase="all", tokens=8, loss=0.5)]
 
     report, _ = build_report(

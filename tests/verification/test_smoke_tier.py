@@ -14,9 +14,9 @@ from racdeploy.report import html, markdown
 from racdeploy.report.summary import write_findings, write_headline
 from racdeploy.results.report import Report
 from racdeploy.verification.checks import accuracy, backends, thinking
-from racdeploy.verification.evidence import Evidence
 from racdeploy.verification.gate import Gate, read_gate
 from racdeploy.verification.report_builder import build_report
+from tests.support.evidence import make_evidence
 from tests.support.records import arm_of, record
 
 JUDGED = {"checks": ["accuracy", "thinking"]}
@@ -26,7 +26,9 @@ def _judge(right: int, prompts: int, gate: Gate) -> Report:
     """Return the report on a model that answers some prompts right, the dense one all."""
     dense = arm_of([record(prompt) for prompt in range(prompts)])
     answers = [record(prompt, correct=prompt < right, arm="pruned") for prompt in range(prompts)]
-    evidence = Evidence(Recipe().verify, gate, dense, arm_of(answers))
+    evidence = make_evidence(
+        dense, arm_of(answers), gate=gate, settings=Recipe().verify, requested_sparsity=0.0
+    )
 
     report, _ = build_report(
         evidence,

@@ -13,13 +13,12 @@ from racdeploy import exporting
 from racdeploy.engines.backends.transformers import chat_prompt_ids
 from racdeploy.extras import installed_release
 from racdeploy.models.sources import EMBEDDED, resolve_model
-from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verification.checks import template, tokens
 from racdeploy.verification.evidence import Evidence, Outcome, StopIds, TokenProbe
-from racdeploy.verification.gate import read_gate
 from racdeploy.verification.measurements import probe_prompts, read_stop_ids
 from tests.support.errors import raises
+from tests.support.evidence import make_evidence
 from tests.support.records import arm_of, record
 from tests.support.tiny_models import edit_json, write_tokenizer
 
@@ -36,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def _evidence(**more: object) -> Evidence:
     arm = arm_of([record(0)])
-    return Evidence(Verification(), read_gate(), arm, arm, Path(), {}, 0.5, **more)  # type: ignore[arg-type]
+    return make_evidence(arm, arm, **more)
 
 
 def _checked(folder: Path, metadata: dict[str, object], expected: dict[str, list[int]]) -> Outcome:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from racdeploy.recipe import Verification
 from racdeploy.verification.checks import thinking
-from racdeploy.verification.evidence import Evidence
-from racdeploy.verification.gate import read_gate
+from tests.support.evidence import make_evidence
 from tests.support.records import arm_of, record
 
 PROMPTS = 200
@@ -18,9 +15,7 @@ PROMPTS = 200
 
 def _check(pruned: list[object], settings: Verification | None = None) -> tuple[str, str]:
     dense = arm_of([record(index) for index in range(PROMPTS)])
-    evidence = Evidence(
-        settings or Verification(), read_gate(), dense, arm_of(pruned), Path(), {}, 0.5
-    )  # type: ignore[arg-type]
+    evidence = make_evidence(dense, arm_of(pruned), settings=settings)
     found = thinking.check(evidence)
     return found.verdict, found.summary
 
@@ -73,7 +68,7 @@ def test_a_model_that_does_not_think_is_judged_by_its_completion() -> None:
         )
         for n in (50, 51)
     )
-    found = thinking.check(Evidence(Verification(), read_gate(), dense, pruned, Path(), {}, 0.5))
+    found = thinking.check(make_evidence(dense, pruned))
     assert (found.verdict, found.summary.startswith("completion length ratio 1.020")) == (
         "pass",
         True,
@@ -90,12 +85,7 @@ def test_the_samples_of_a_prompt_are_one_prompt() -> None:
             for s in range(samples)
         ]
 
-    one, eight = (
-        thinking.check(
-            Evidence(Verification(), read_gate(), arm_of(arms(n)), arm_of(arms(n)), Path(), {}, 0.5)
-        )  # type: ignore[arg-type]
-        for n in (1, 8)
-    )
+    one, eight = (thinking.check(make_evidence(arm_of(arms(n)), arm_of(arms(n)))) for n in (1, 8))
     assert (one.verdict, eight.verdict) == (
         "inconclusive",
         "inconclusive",

@@ -51,7 +51,8 @@ def _report_wrong_stop(evidence: Evidence, stop: StopIds) -> Outcome:
     """Return the failure for an artifact whose end-of-sequence is not the checkpoint's."""
     named = "none" if stop.actual is None else f"id {stop.actual}"
     figures = {"end_of_sequence": -1 if stop.actual is None else stop.actual}
-    file, original = evidence.choose("artifact checkpoint", "candidate reference").split()
+    file = evidence.choose("artifact", "candidate")
+    original = evidence.choose("checkpoint", "reference")
     summary = f"the {file} names {named} as its end-of-sequence, "
     summary += f"the {original} {list(stop.expected)}"
     if stop.known:

@@ -208,7 +208,15 @@ def use_onnx_exporter(folder: Path) -> Any:
 def use_check(folder: Path) -> Any:
     """Verify: it takes part in every verification."""
     arm, file = arm_of([record(index) for index in range(40)]), Path(__file__)
-    evidence = Evidence(Verification(), read_gate(None), arm, arm, file, {file.name: ""}, 0.5)
+    evidence = Evidence(
+        settings=Verification(),
+        gate=read_gate(None),
+        dense=arm,
+        pruned=arm,
+        artifact=file,
+        artifact_files={file.name: ""},
+        requested_sparsity=0.5,
+    )
     return {check.name: check.verdict for check in run_checks(evidence)}["answered"]
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from racdeploy.engines.engine import Completion, EngineSettings, OnTokens, Sampling
-from racdeploy.pipeline import answer_stage
-from racdeploy.pipeline.workspace import Workspace
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
-from racdeploy.verification.answer_sampler import AnswerSampler, SampledAnswers
+from racdeploy.verification.answer_cache import AnswerCache
+from racdeploy.verification.answer_sampler import SampledAnswers
+from racdeploy.verification.examiner import Examiner
+from racdeploy.verification.gate import read_gate
+from racdeploy.verification.subject import Subject
 from tests.support.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
 EOS = SPECIAL_TOKENS["<|im_end|>"]
@@ -45,28 +48,36 @@ class CountingEngine:
 
 
 @pytest.fixture
-def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SampledAnswers]:
-    """Answer the problems as a build does, in one work folder."""
-    monkeypatch.setattr(answer_stage, "open_engine", lambda *_: nullcontext(CountingEngine()))
+def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """A model whose engine counts."""
+    monkeypatch.setattr(Subject, "open", lambda *_: nullcontext(CountingEngine()))
     write_tokenizer(tmp_path)
     encoder = PromptEncoder.from_folder(tmp_path)
-    sampler = AnswerSampler(encoder, find_tags(encoder), (EOS,), Verification())
+    return Subject(
+        backend="llamacpp",
+        path=tmp_path / "model.gguf",
+        files={"model.gguf": "0", "model.imatrix.gguf": "1"},
+        encoder=encoder,
+        tags=find_tags(encoder),
+        stop_ids=(EOS,),
+    )
 
-    def run(repeat_finished: bool = False, model: str = "0", matrix: str = "1") -> SampledAnswers:
-        return answer_stage.answer_prompts(
-            Workspace(tmp_path / "work"),
-            sampler,
-            PROBLEMS,
-            "dense",
-            tmp_path / "model.gguf",
-            {"model.gguf": model, "model.imatrix.gguf": matrix},
-            "llamacpp",
-            EngineSettings(),
-            {},
-            repeat_finished,
-        )
+
+@pytest.fixture
+def answer(tmp_path: Path, subject: Subject) -> Callable[..., SampledAnswers]:
+    """Answer the problems as a build does, in one work folder."""
+
+    def run(repeats: bool = False, model: str = "0", matrix: str = "1") -> SampledAnswers:
+        files = {"model.gguf": model, "model.imatrix.gguf": matrix}
+        cache = AnswerCache(tmp_path / "work", repeats_finished=repeats)
+        _, answers = _examine(cache).answer(replace(subject, files=files), "dense")
+        return answers
 
     return run
+
+
+def _examine(cache: AnswerCache) -> Examiner:
+    return Examiner(PROBLEMS, Verification(), read_gate(), cache, EngineSettings())
 
 
 def test_a_second_build_finds_what_the_first_counted(answer: Callable[..., SampledAnswers]) -> None:
@@ -85,7 +96,7 @@ def test_figures_that_have_to_be_new_are_measured_again(
 ) -> None:
     """Where speed or memory have a limit, nothing stored counts."""
     answer()
-    repeated = answer(repeat_finished=True)
+    repeated = answer(repeats=True)
     assert (repeated.reused, repeated.stats, repeated.reused_stats) == (0, COUNTED, {})
 
 
@@ -96,3 +107,32 @@ def test_answers_stay_when_only_the_importance_matrix_is_another(
     answer()
     assert answer(matrix="2").reused == 3
     assert answer(model="2").reused == 0
+
+
+def test_a_verification_asks_again_and_leaves_what_a_build_had_finished(
+    answer: Callable[..., SampledAnswers], subject: Subject, tmp_path: Path
+) -> None:
+    """Its figures are of its own run. What it made for itself is removed in the end."""
+    answer()
+    examiner = _examine(AnswerCache(tmp_path / "work", repeats_finished=True, keeps=False))
+    for model in ("0", "2"):
+        asked = replace(subject, files={"model.gguf": model})
+        _, answers = examiner.answer(asked, "pruned")
+        assert (answers.reused, answers.stats) == (0, COUNTED)
+    examiner.forget()
+
+    later = answer()
+    assert (later.reused, later.reused_stats) == (3, COUNTED)
+    assert answer(model="2").reused == 0
+
+
+def test_an_interrupted_verification_resumes_its_own_answers(
+    answer: Callable[..., SampledAnswers], subject: Subject, tmp_path: Path
+) -> None:
+    """Not those of the build, though it had finished."""
+    answer()
+    reused = []
+    for _ in range(2):
+        examiner = _examine(AnswerCache(tmp_path / "work", repeats_finished=True, keeps=False))
+        reused.append(examiner.answer(subject, "pruned")[1].reused)
+    assert reused == [0, 3]

@@ -1,0 +1,103 @@
+"""Answers in the work folder: one cache for builds, searches, comparisons and verifications.
+
+``WORK/answers-HASH`` is named by everything that a completion depends on: the files, the decoding
+settings, the engine, the machine, and the code from here to the engines.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from racdeploy import __version__
+from racdeploy.engines.completion_log import CompletionLog
+from racdeploy.files.code_hashes import base_version, code_hash
+from racdeploy.files.reading import Json, read_json
+from racdeploy.files.stages import Stage
+from racdeploy.files.writing import write_atomic
+from racdeploy.processes.heap import trim_heap
+from racdeploy.tasks import Problem
+from racdeploy.verification.answer_sampler import AnswerSampler, EngineFactory, SampledAnswers
+from racdeploy.verification.subject import Subject
+
+_LOG = "completions.jsonl"
+_COSTS = "cost.json"
+
+
+@dataclass(frozen=True)
+class AnswerCache:
+    """Answers below a work folder; those of an interrupted run are always reused.
+
+    Args:
+        repeats_finished: ask again where an earlier run has finished, for figures of this run.
+        keeps: leave the answers for later runs; else :meth:`forget` removes them.
+    """
+
+    work: Path
+    repeats_finished: bool = False
+    keeps: bool = True
+    _new_folders: set[Path] = field(default_factory=set, init=False, compare=False)
+    _repeated: dict[Path, Stage] = field(default_factory=dict, init=False, compare=False)
+
+    def answer(
+        self,
+        subject: Subject,
+        sampler: AnswerSampler,
+        opener: EngineFactory,
+        *,
+        problems: Sequence[Problem],
+        arm: str,
+        inputs: Json,
+    ) -> SampledAnswers:
+        """Answer the problems of which the cache has no answers, and return all answers.
+
+        Args:
+            arm: name of the model in the records.
+            inputs: everything that a completion depends on, without the code and the engine's name.
+
+        Returns:
+            The answers; if some are of a finished run, with the statistics of its engine.
+        """
+        trim_heap()  # or what ran before would add to the memory that is measured now
+        code = {"version": base_version(__version__), "code": code_hash(__name__)}
+        stage = Stage.open(self.work, "answers", {**code, "backend": subject.backend, **inputs})
+        log = stage.folder / _LOG
+        costs = stage.folder / _COSTS
+
+        is_finished = stage.is_finished
+        if is_finished and self.repeats_finished:
+            log.unlink(missing_ok=True)
+        if not self.keeps:
+            self._borrow(stage)
+
+        answers = sampler.answer(opener, problems, arm, CompletionLog(log))
+        if is_finished and not self.repeats_finished and answers.reused:
+            counted = read_json(costs) if costs.is_file() else {}
+            stats = {name: float(value) for name, value in counted.get("stats", {}).items()}
+            kernels = str(counted.get("kernels", ""))
+            return replace(answers, reused_stats=stats, kernels=kernels)
+
+        # Seconds differ from run to run, so they are not part of the stage's own summary.
+        write_atomic(costs, json.dumps({"stats": dict(answers.stats), "kernels": answers.kernels}))
+        if self.keeps:
+            stage.finish({"answers": len(answers.records)})
+        return answers
+
+    def forget(self) -> None:
+        """Remove the answers of this run, except those that a build had finished before."""
+        for folder in self._new_folders:
+            shutil.rmtree(folder)
+        for folder, stage in self._repeated.items():
+            stage.finish({"answers": len((folder / _LOG).read_bytes().splitlines())})
+
+    def _borrow(self, stage: Stage) -> None:
+        """Take a stage for this run alone: while it answers, the stage is not finished."""
+        folder = stage.folder
+        if stage.is_finished:
+            self._repeated[folder] = stage
+            (folder / "stage.json").unlink()  # an interrupted run resumes its own answers
+        elif folder not in self._repeated:
+            self._new_folders.add(folder)
