@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from benchmarks.packing import peak_bytes
 from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.exporting.gguf.architecture import find_architecture
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan, plan_tensors
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
@@ -207,7 +208,8 @@ def torch_logits(model: torch.nn.Module) -> Logits:
 def list_linears(checkpoint: Checkpoint) -> Iterator[GgufTensorPlan]:
     """Yield the prunable linears by their place in a GGUF file."""
     linears = {*checkpoint.shape.prunable_weights}
-    for tensor in plan_tensors(checkpoint, presets.read("f32")):
+    family = find_architecture(checkpoint).family
+    for tensor in plan_tensors(checkpoint, family, presets.read("f32")):
         if tensor.source in linears:
             if len(tensor.parts) != 1 or tensor.row_split != (0, 1):
                 raise SystemExit(f"{tensor.name} is not one linear: not supported here")

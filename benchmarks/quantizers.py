@@ -59,7 +59,6 @@ from racdeploy.exporting import ExportResult
 from racdeploy.files.caches import default_work_folder
 from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.reordering import find_gguf_row_order
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pruning.walk.assemble import assemble
@@ -313,7 +312,7 @@ def read_linears(file: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, NDAr
     for tensor in list_linears(checkpoint):
         packed = stored[tensor.name]
         weight_OI = gguf.dequantize(packed.data, packed.tensor_type).reshape(tensor.shape)
-        order_O = find_gguf_row_order(tensor.transform, checkpoint.shape, len(weight_OI))
+        order_O = tensor.conversion.order_O
         if order_O is not None:
             weight_OI = weight_OI[np.argsort(order_O)]
         yield tensor.source, np.ascontiguousarray(weight_OI, np.float32)

@@ -160,6 +160,11 @@ class Checkpoint:
         """Tensors of the multi-token-prediction head; empty unless llama.cpp supports it here."""
         return mtp.select_tensors(self._stored, self.shape)
 
+    @property
+    def mtp_blocks(self) -> int:
+        """Number of blocks of the multi-token-prediction head."""
+        return mtp.count_blocks(self.mtp_entries)
+
     @cached_property
     def all_entries(self) -> Mapping[str, TensorEntry]:
         """The tensors of the model and of its multi-token-prediction head."""

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from racdeploy.models import mamba
 
 Transform = Literal["rotary", "plus_one", "stack", "value_rows", "value_columns", "decay"]
-"""A change of a tensor on export; implemented in ``exporting/gguf/tensor_writer.py``.
+"""A change of a tensor on export; implemented in :mod:`racdeploy.models.conversion`.
 
 - ``rotary``: reorder each head's rows from half-split rotary pairs to llama.cpp's interleaved ones.
 - ``plus_one``: add 1, for norms that the model stores as the distance from 1.
 - ``stack``: stack matrices into one tensor of three axes: those of all experts, whose names differ
-  in ``*``, or those that have one name in the file.
+  in ``*``, or those that have one name in the file; planned in ``exporting/gguf/tensors.py``.
 - ``value_rows``, ``value_columns``: reorder the value heads of linear attention, which have fewer
   key heads, along one axis.
 - ``decay``: from the logarithm ``A_log`` to the negative rate, heads in the order of value_rows.

@@ -96,6 +96,23 @@ class ModelShape(ModelSettings):
             for linear in own
         )
 
+    @property
+    def feed_forward_widths(self) -> list[int]:
+        """Feed-forward width of each block by the family's setting; 0 for a block that has none."""
+        family = self.family
+        linears = [
+            name
+            for name in family.block_tensors
+            if widths.list_axes(family, name) in (("D", "F"), ("D", "EF"))
+        ]
+        setting = family.experts.feed_forward_length
+        same = [self.integer(setting)] * self.block_count
+        block_widths = []
+        for kinds, width in zip(self.kinds, self.widths.get(setting) or same, strict=True):
+            has_linear = any(family.has_tensor(kinds, name) for name in linears)
+            block_widths.append(width if has_linear else 0)
+        return block_widths
+
     def active_share(self, name: str) -> float:
         """Return the share of a weight that computes one token: of experts, only its own."""
         if ANY_EXPERT not in generalize_expert(name):

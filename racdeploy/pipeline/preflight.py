@@ -234,11 +234,13 @@ def _check_tensors(job: Job) -> None:
     if settings.format != "gguf":
         return
 
+    from racdeploy.exporting.gguf.architecture import find_architecture
     from racdeploy.exporting.gguf.tensors import plan_tensors
     from racdeploy.exporting.gguf.writer import describe_importance
     from racdeploy.quant.importance import Importance
 
-    tensors = plan_tensors(job.checkpoint, job.quant_rules)
+    family = find_architecture(job.checkpoint).family
+    tensors = plan_tensors(job.checkpoint, family, job.quant_rules)
     if settings.importance not in ("", "none"):
         describe_importance(Importance.read(Path(settings.importance)), tensors)
 

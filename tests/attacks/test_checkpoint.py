@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from racdeploy.exporting.gguf.vocabulary import _fill_gaps
+from racdeploy.exporting.gguf.tokens import fill_gaps
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE, join_codes
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
@@ -319,4 +319,4 @@ def test_a_token_that_many_others_precede_is_found_at_once() -> None:
     """Two ids for one text, the last of a large vocabulary."""
     texts = {i: f"t{min(i, 99_998)}" for i in range(100_000)}
     with raises("unsupported-tokenizer", "'t99998'"):
-        _fill_gaps(texts, len(texts))
+        fill_gaps(texts, len(texts))

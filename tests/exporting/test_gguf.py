@@ -26,7 +26,8 @@ from racdeploy.errors import EnvironmentFailure
 from racdeploy.exporting.gguf import export, tensor_writer
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.reordering import find_rotary_order
+from racdeploy.models.conversion import find_rotary_order
+from racdeploy.tensors.safetensors import TensorEntry
 from racdeploy.verification.probe_strings import read_probe_strings
 from tests.support.errors import raises
 from tests.support.llama_child import LlamaAnswer, ask_llama
@@ -853,15 +854,15 @@ def test_a_failure_in_the_middle_leaves_the_old_file(
     """
     out = tmp_path / "m.gguf"
     out.write_bytes(b"previous")
-    read_raw, reads = Checkpoint.read_raw, []
+    read, reads = TensorEntry.read, []
 
-    def fail_at_third(self: Checkpoint, name: str) -> np.ndarray:
-        reads.append(name)
+    def fail_at_third(self: TensorEntry) -> np.ndarray:
+        reads.append(self)
         if len(reads) == 3:
             raise failure
-        return read_raw(self, name)
+        return read(self)
 
-    monkeypatch.setattr(Checkpoint, "read_raw", fail_at_third)
+    monkeypatch.setattr(TensorEntry, "read", fail_at_third)
     with pytest.raises(caught):
         export(checkpoint, out, quant="f16")
     assert out.read_bytes() == b"previous"

@@ -15,7 +15,7 @@ import pytest
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.exporting import gguf as gguf_format
 from racdeploy.exporting.gguf import export
-from racdeploy.exporting.gguf.tensor_writer import split_into_parts
+from racdeploy.exporting.gguf.splits import split_into_parts
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import (

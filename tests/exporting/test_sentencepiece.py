@@ -14,7 +14,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from racdeploy.exporting.gguf import export
-from racdeploy.exporting.gguf.sentencepiece import BYTE_PIECES, check_merges, score_by_rank
+from racdeploy.exporting.gguf.piece_scores import score_by_rank
+from racdeploy.exporting.gguf.sentencepiece import check_merges
+from racdeploy.models.bpe import BYTE_PIECES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.verification.probe_strings import make_mixed_lines, read_probe_strings
 from tests.support.errors import raises
@@ -135,13 +137,12 @@ def test_forms_without_a_space_first_are_equal(
 def test_merges_that_llama_would_not_follow_are_refused(piece: str) -> None:
     """It splits between lines, and looks a run of line ends up before it joins."""
     vocab = {text: i for i, text in enumerate([*sorted(BYTE_PIECES), "a", "\n"])}
-    tokenizer = {"model": {"vocab": vocab}}
-    check_merges(tokenizer, set(), lambda text: [vocab[text]])
+    check_merges(vocab, set(), lambda text: [vocab[text]])
 
     vocab[piece] = len(vocab)
     with raises("unsupported-tokenizer", repr(piece)):
-        check_merges(tokenizer, set(), lambda text: [vocab["\n"]] * len(text))
-    check_merges(tokenizer, {piece}, lambda text: [vocab["\n"]])
+        check_merges(vocab, set(), lambda text: [vocab["\n"]] * len(text))
+    check_merges(vocab, {piece}, lambda text: [vocab["\n"]])
 
 
 def test_a_metaspace_that_splits_inside_a_piece_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy.engines.engine import Engine, EngineSettings
 from racdeploy.exporting import ExportResult, write
-from racdeploy.models import reordering
+from racdeploy.models import conversion
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import f32_file, gates
 from racdeploy.pipeline.gates import GateResult, check_artifact
@@ -64,9 +64,9 @@ def test_a_wrong_tensor_is_found_in_the_f32_file(
     """Rows in a wrong order change logits from the second position: the first is not rotated."""
     settings = Export(quant="q8_0")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    order = reordering.find_rotary_order
+    order = conversion.find_rotary_order
     monkeypatch.setattr(
-        reordering, "find_rotary_order", lambda rows, heads: sorted(order(rows, heads))
+        conversion, "find_rotary_order", lambda rows, heads: np.sort(order(rows, heads))
     )
     with raises("f32-file-differs", "position 1:"):
         _check(checkpoint, artifact, settings)

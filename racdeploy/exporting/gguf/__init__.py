@@ -13,7 +13,7 @@ from racdeploy.exporting.gguf.architecture import unsupported_reason as unsuppor
 from racdeploy.exporting.gguf.measurement import measure as measure
 from racdeploy.exporting.gguf.programs import companions as companions
 from racdeploy.exporting.gguf.programs import usage as usage
-from racdeploy.exporting.gguf.vocabulary import (
+from racdeploy.exporting.gguf.tokenizer import (
     write_approximate_tokenizer as write_approximate_tokenizer,
 )
 from racdeploy.exporting.gguf.writer import export as export

@@ -8,7 +8,7 @@ Source: llama-model.cpp and ``src/models/`` of llama.cpp; tried with llama-cpp-p
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
@@ -18,14 +18,28 @@ from racdeploy.models.tensor_coverage import list_used_tensors
 from racdeploy.results.pruning import DeviationRow
 
 
-def find_architecture(checkpoint: Checkpoint) -> Family:
-    """Return the family with the architecture of the file; a ModelError if there is none."""
+@dataclass(frozen=True)
+class Architecture:
+    """llama.cpp's architecture for a model.
+
+    Args:
+        family: the model's family, with the names and settings of the architecture.
+        deviation: why it is not the family's usual one, or None if it is.
+    """
+
+    family: Family
+    deviation: DeviationRow | None = None
+
+
+def find_architecture(checkpoint: Checkpoint) -> Architecture:
+    """Return the architecture of the file; a ModelError if there is none."""
     shape = checkpoint.shape
     family = shape.family
     _check_memory(checkpoint)
     reason = _reason_against_usual(shape)
+    usual = _find_usual(shape)
     if not reason:
-        return _find_usual(shape)
+        return Architecture(usual)
 
     if shape.is_uniform and family.per_block_arch is None:
         raise ModelError(
@@ -34,14 +48,24 @@ def find_architecture(checkpoint: Checkpoint) -> Family:
             remedy="prune the dense model with all its heads",
         )
 
-    if reason := _reason_against_per_block(checkpoint):
+    if obstacle := _reason_against_per_block(checkpoint):
         raise ModelError(
             "unsupported-cut",
-            f"{checkpoint.folder}: {reason}",
+            f"{checkpoint.folder}: {obstacle}",
             remedy="prune the dense model again with structure.uniform = true",
         )
 
-    return family.with_per_block_arch()
+    actual = family.with_per_block_arch()
+    if actual == usual:
+        return Architecture(actual)
+
+    deviation = DeviationRow(
+        subject="architecture",
+        requested=usual.gguf_arch,
+        actual=actual.gguf_arch,
+        reason=f"{reason}; under the name {actual.gguf_arch}, its code computes this same model",
+    )
+    return Architecture(actual, deviation)
 
 
 def _check_memory(checkpoint: Checkpoint) -> None:
@@ -86,24 +110,6 @@ def unsupported_reason(checkpoint: Checkpoint, sizes: Collection[str], uniform: 
     if "Q" in sizes and family.per_block_arch is None:
         return _reason_against_narrow(family)
     return ""
-
-
-def list_deviations(checkpoint: Checkpoint) -> tuple[DeviationRow, ...]:
-    """Return a deviation, with its reason, if the file has not the family's usual architecture."""
-    usual, actual = _find_usual(checkpoint.shape), find_architecture(checkpoint)
-    if actual == usual:
-        return ()
-
-    why = _reason_against_usual(checkpoint.shape)
-    reason = f"{why}; under the name {actual.gguf_arch}, its code computes this same model"
-    return (
-        DeviationRow(
-            subject="architecture",
-            requested=usual.gguf_arch,
-            actual=actual.gguf_arch,
-            reason=reason,
-        ),
-    )
 
 
 def _find_usual(shape: ModelShape) -> Family:

@@ -5,7 +5,8 @@ Source: ggml/docs/gguf.md, "General metadata", and the naming convention there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,28 @@ import gguf
 import numpy as np
 
 from racdeploy import __version__
-from racdeploy import quant as quants
 from racdeploy.exporting.gguf import splits
-from racdeploy.exporting.gguf.architecture import find_architecture
 from racdeploy.exporting.gguf.parameters import write_parameters
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
-from racdeploy.exporting.gguf.vocabulary import Vocabulary, open_header
+from racdeploy.exporting.gguf.vocabulary import Vocabulary
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
 from racdeploy.models.model_card import read_languages
-from racdeploy.models.mtp import count_blocks
 from racdeploy.quant import presets
 
 _OWN_KEYS = ("architecture", "alignment", "file_type", "quantization_version")
 RESERVED_KEYS = tuple(f"general.{key}" for key in _OWN_KEYS)
 """Metadata keys that describe the file itself; callers cannot set them."""
+
+
+@contextmanager
+def open_header(file: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
+    """Yield a writer for the keys of a GGUF file, and write them at the end."""
+    with closing(gguf.GGUFWriter(file, arch)) as writer:
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
 
 
 def make_general_metadata(
@@ -57,8 +66,9 @@ def make_general_metadata(
 
 def write_header(
     checkpoint: Checkpoint,
+    family: Family,
     file: Path,
-    tensors: list[GgufTensorPlan],
+    tensors: Sequence[GgufTensorPlan],
     *,
     vocabulary: Vocabulary | None,
     general: Mapping[str, Any],
@@ -67,16 +77,15 @@ def write_header(
     """Write the header of a GGUF file.
 
     Args:
+        family: with the architecture of the file.
         vocabulary: None for the files of a split model other than the first, as ``general`` is {}.
         split: number of the file, of files, and of the tensors in all of them.
     """
-    family = find_architecture(checkpoint)
     with open_header(file, family.gguf_arch) as writer:
         for key, value in general.items():
             _add_value(writer, key, value)
         if vocabulary:
-            mtp_blocks = count_blocks(checkpoint.mtp_entries)
-            write_parameters(writer, checkpoint.shape, family, mtp_blocks)
+            write_parameters(writer, checkpoint.shape, family, checkpoint.mtp_blocks)
             vocabulary.write(writer, checkpoint.tokenizer.chat_template)
 
         number, files, all_tensors = split
@@ -86,9 +95,14 @@ def write_header(
             writer.add_int32(splits.TENSORS_KEY, all_tensors)
 
         for tensor in tensors:
-            kind = gguf.GGMLQuantizationType(quants.load_ggml(tensor.actual_quant).type_id)
-            values = np.dtype(np.float32)  # gguf-py requires one; ``kind`` is what is written
-            writer.add_tensor_info(tensor.name, tensor.shape, values, tensor.size_bytes, kind)
+            kind = gguf.GGMLQuantizationType(tensor.ggml_type)
+            writer.add_tensor_info(
+                tensor.name,
+                tensor.shape,
+                tensor_dtype=np.dtype(np.float32),  # gguf-py requires one and writes ``kind``
+                tensor_nbytes=tensor.size_bytes,
+                raw_dtype=kind,
+            )
 
 
 def _add_value(

@@ -18,7 +18,6 @@ from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
-from racdeploy.models.widths import list_axes
 from racdeploy.quant.grid import Floats
 
 _SECTIONS = 4  # time, height, width, and a spare one
@@ -33,7 +32,7 @@ def write_parameters(
     """Add the architecture's keys to a GGUF header, after :func:`check_parameters`.
 
     Args:
-        family: as :func:`architecture.find_architecture` returns it.
+        family: with the architecture of the file.
         mtp_blocks: number of blocks of the multi-token-prediction head.
     """
     writer.add_block_count(shape.block_count + mtp_blocks)
@@ -44,7 +43,7 @@ def write_parameters(
     )
 
     writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(_one_or_each(_list_feed_forward(shape)))
+    writer.add_feed_forward_length(_one_or_each(shape.feed_forward_widths))
     writer.add_head_count(_one_or_each(shape.widths["num_attention_heads"]))
     _write_key_value_heads(writer, shape)
 
@@ -92,22 +91,6 @@ def _write_key_value_heads(writer: GGUFWriter, shape: ModelShape) -> None:
 def _one_or_each(values: Sequence[int]) -> int | list[int]:
     """Return the widths of all blocks, or a single number if they are equal."""
     return list(values) if len(set(values)) > 1 else values[0]
-
-
-def _list_feed_forward(shape: ModelShape) -> Sequence[int]:
-    """Return the feed-forward width of each block; 0 for a block that has none."""
-    family = shape.family
-    ends = [
-        name
-        for name in family.block_tensors
-        if list_axes(family, name) in (("D", "F"), ("D", "EF"))
-    ]
-    setting = family.experts.feed_forward_length
-    widths = shape.widths.get(setting) or [shape.integer(setting)] * shape.block_count
-    return [
-        width if any(family.has_tensor(kinds, name) for name in ends) else 0
-        for kinds, width in zip(shape.kinds, widths, strict=True)
-    ]
 
 
 def check_parameters(shape: ModelShape) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 from racdeploy.errors import ModelError
 from racdeploy.files.reading import Json
-from racdeploy.models.tokenizer_schema import flatten_sequence
 
 _MAX_SHOWN = 500  # characters of steps in a message
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -54,21 +53,22 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def find_approximation(tokenizer: Json) -> str | None:
+def find_approximation(pre_tokenizers: Iterable[Json]) -> str | None:
     """Return the name of a pre-tokenizer without an equal in llama.cpp, or None."""
-    for step in _name_steps(tokenizer.get("pre_tokenizer")):
-        if known := APPROXIMATE_PRE_TOKENIZERS.get(step.removeprefix("split ")):
-            return known
-    return None
+    return _find_known_approximation(list(_name_steps(pre_tokenizers)))
 
 
-def find_pre_tokenizer(tokenizer: Json, *, approximate: bool = False) -> str:
-    """Return llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json.
+def find_pre_tokenizer(
+    pre_tokenizers: Iterable[Json], *, ignore_merges: bool = False, approximate: bool = False
+) -> str:
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json, given its steps.
 
     Args:
+        ignore_merges: the model takes a word that is a token as it is.
         approximate: accept the nearest one if llama.cpp has no equal.
     """
-    known = find_approximation(tokenizer)
+    steps = tuple(_name_steps(pre_tokenizers))
+    known = _find_known_approximation(steps)
     if known and approximate:
         return NEAREST
     if known:
@@ -80,8 +80,6 @@ def find_pre_tokenizer(tokenizer: Json, *, approximate: bool = False) -> str:
             "export.accept_token_differences = 0.001",
         )
 
-    steps = tuple(_name_steps(tokenizer.get("pre_tokenizer")))
-    ignore_merges = bool(tokenizer["model"].get("ignore_merges", False))
     name = PRE_TOKENIZERS.get((steps, ignore_merges))
     if name is None:
         raise ModelError(
@@ -95,11 +93,9 @@ def find_pre_tokenizer(tokenizer: Json, *, approximate: bool = False) -> str:
     return name
 
 
-def describe_lost_normalizer(tokenizer: Json) -> str:
+def describe_lost_normalizer(normalizers: Iterable[Json]) -> str:
     """Return a note on a normalizer that llama.cpp does not apply, or an empty string."""
-    kinds = [
-        step.get("type") for step in flatten_sequence(tokenizer.get("normalizer"), "normalizers")
-    ]
+    kinds = [step.get("type") for step in normalizers]
     if not kinds:
         return ""
 
@@ -117,9 +113,16 @@ def describe_lost_normalizer(tokenizer: Json) -> str:
     )
 
 
-def _name_steps(pre_tokenizer: object) -> Iterator[str]:
+def _find_known_approximation(steps: Iterable[str]) -> str | None:
+    for step in steps:
+        if known := APPROXIMATE_PRE_TOKENIZERS.get(step.removeprefix("split ")):
+            return known
+    return None
+
+
+def _name_steps(pre_tokenizers: Iterable[Json]) -> Iterator[str]:
     """Yield one canonical phrase per step; an unknown step is its JSON value."""
-    for step in flatten_sequence(pre_tokenizer, "pretokenizers"):
+    for step in pre_tokenizers:
         match step:
             case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behavior}:
                 kind = (behavior, bool(step.get("invert", False)))

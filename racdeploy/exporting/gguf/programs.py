@@ -18,7 +18,7 @@ from pathlib import Path
 
 from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError
-from racdeploy.exporting.gguf.vocabulary import adds_bos
+from racdeploy.exporting.gguf.tokenizer import adds_bos
 from racdeploy.files.templates import render_text
 from racdeploy.files.unprintable import replace_unprintable
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest

@@ -5,7 +5,7 @@ Plan and offsets of the tensors are those of the writer; headers are written to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from racdeploy.exporting import Metadata
+from racdeploy.exporting.gguf.architecture import find_architecture
 from racdeploy.exporting.gguf.header import write_header
 from racdeploy.exporting.gguf.parameters import check_parameters
 from racdeploy.exporting.gguf.tensor_writer import iter_end_offsets
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
-from racdeploy.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from racdeploy.exporting.gguf.tokenizer import read_vocabulary
+from racdeploy.exporting.gguf.vocabulary import Vocabulary
 from racdeploy.exporting.gguf.writer import GgufPlan, make_plan
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
 from racdeploy.quant.presets import QuantRules
 
 _OUT = Path("model.gguf")  # the name of a file changes nothing in it
@@ -43,9 +46,13 @@ class FileSizes:
     ) -> GgufPlan:
         """Return the plan of the writer."""
         check_parameters(self.checkpoint.shape)
-        importance = None  # it changes codes, not sizes
-        return make_plan(
-            self.checkpoint, _OUT, mix, importance, self._vocabulary, metadata or {}, split_bytes
+        return make_plan(  # no importance: it changes codes, not sizes
+            self.checkpoint,
+            _OUT,
+            mix,
+            self._vocabulary,
+            metadata=metadata or {},
+            split_bytes=split_bytes,
         )
 
     def size_bytes(self, plan: GgufPlan) -> int:
@@ -54,7 +61,9 @@ class FileSizes:
         for number, tensors in enumerate(plan.tensors_by_file.values()):
             general = {} if number else plan.general
             split = (number, len(plan.tensors_by_file), len(plan.tensors))
-            header_bytes = self._write(tensors, None, general, split)
+            header_bytes = self._measure_header(
+                plan.family, tensors=tensors, general=general, split=split
+            )
 
             # Only the first part has the tokens, and its header with them ends at a multiple of 32.
             token_bytes = 0 if number else self._vocabulary_bytes
@@ -70,18 +79,29 @@ class FileSizes:
     @cached_property
     def _vocabulary_bytes(self) -> int:
         """Bytes in the header of the tokens and the other keys of the first part."""
-        return self._write([], self._vocabulary, {}) - self._write([], None, {})
+        family = find_architecture(self.checkpoint).family
+        with_tokens = self._measure_header(family, vocabulary=self._vocabulary)
+        return with_tokens - self._measure_header(family)
 
-    def _write(
+    def _measure_header(
         self,
-        tensors: list[GgufTensorPlan],
-        vocabulary: Vocabulary | None,
-        general: Mapping[str, Any],
+        family: Family,
+        *,
+        tensors: Sequence[GgufTensorPlan] = (),
+        vocabulary: Vocabulary | None = None,
+        general: Mapping[str, Any] | None = None,
         split: tuple[int, int, int] = (0, 1, 0),
     ) -> int:
+        """Return the bytes of a header with such contents."""
         with TemporaryDirectory() as scratch:
             file = Path(scratch) / _OUT
             write_header(
-                self.checkpoint, file, tensors, vocabulary=vocabulary, general=general, split=split
+                self.checkpoint,
+                family,
+                file,
+                tensors,
+                vocabulary=vocabulary,
+                general=general or {},
+                split=split,
             )
             return file.stat().st_size

@@ -6,9 +6,11 @@ Source: ``llama_split_path`` in llama.cpp and ``gguf-split``.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.tensors.gguf_header import GgufHeader, read_header
 
 NUMBER_KEY, COUNT_KEY, TENSORS_KEY = "split.no", "split.count", "split.tensors.count"
@@ -20,6 +22,37 @@ def name_part(stem: str, number: int, count: int) -> str:
     """Return the name of a file of a split model; ``number`` counts from 0."""
     part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
     return f"{stem}{part}.gguf"
+
+
+def assign_files(
+    out: Path, plan: Sequence[GgufTensorPlan], part_bytes: int
+) -> dict[Path, list[GgufTensorPlan]]:
+    """Return the tensors of each file: of ``out``, or of the files of a split model beside it.
+
+    Args:
+        part_bytes: maximum bytes of the tensors of a file; 0: one file.
+    """
+    parts = split_into_parts(plan, part_bytes)
+    if len(parts) == 1:
+        return {out: parts[0]}
+    return {
+        out.with_name(name_part(out.stem, number, len(parts))): tensors
+        for number, tensors in enumerate(parts)
+    }
+
+
+def split_into_parts(plan: Sequence[GgufTensorPlan], part_bytes: int) -> list[list[GgufTensorPlan]]:
+    """Split tensors into runs of at most ``part_bytes``, or of one larger tensor; 0: one run."""
+    parts: list[list[GgufTensorPlan]] = [[]]
+    size_bytes = 0
+    for tensor in plan:
+        size_bytes += tensor.size_bytes
+        if part_bytes and parts[-1] and size_bytes > part_bytes:
+            parts.append([])
+            size_bytes = tensor.size_bytes
+        parts[-1].append(tensor)
+
+    return parts
 
 
 def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:

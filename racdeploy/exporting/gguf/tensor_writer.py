@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.exporting import ExportedTensor, WriteProgress
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
-from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.multipliers import list_row_factors
-from racdeploy.models.reordering import find_gguf_column_order, find_gguf_row_order
+from racdeploy.models.conversion import Order
 from racdeploy.processes.cores import available_cores
 from racdeploy.quant.grid import Bytes, Floats
 from racdeploy.quant.importance import Importance
@@ -34,16 +32,23 @@ ALIGNMENT = 32
 """Tensors begin at multiples of this many bytes."""
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
 _MAX_WORKERS = 8  # beyond, the disk is the slower part
-_Slab = tuple[int, slice | NDArray[np.intp], Floats]
-"""Part of the tensor, rows of that part, and their values."""
 _QuantizedSlab = tuple[Bytes, int]
+"""Packed rows, packed_OP, and their number of zeros."""
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Some rows of a tensor: index of their part, their indices in it, and their values."""
+
+    part: int
+    rows: slice | Order
+    weight_OI: Floats
 
 
 @dataclass
 class TensorWriter:
     """Writer of the tensors of a model, in one file or several, of ``total_bytes`` together."""
 
-    checkpoint: Checkpoint
     importance: Importance | None
     total_bytes: int
     progress: WriteProgress | None
@@ -57,25 +62,18 @@ class TensorWriter:
             ends = iter_end_offsets(stream.tell(), plan)
             stream.write(bytes(next(ends) - stream.tell()))
             for tensor, end in zip(plan, ends, strict=True):
-                zeros = 0
-                for packed_OP, slab_zeros in self._code(pool, tensor):
-                    zeros += slab_zeros
-                    stream.write(packed_OP.data)
-                    self._done_bytes += packed_OP.nbytes
-                    if self.progress:
-                        self.progress(self._done_bytes, self.total_bytes)
-
+                zeros = self._write_tensor(stream, pool, tensor)
                 stream.write(bytes(end - stream.tell()))
                 tensors.append(
                     ExportedTensor(
-                        tensor.name,
-                        tensor.source,
-                        tensor.shape,
-                        tensor.requested_quant,
-                        tensor.actual_quant,
-                        tensor.reason,
-                        zeros / max(1, math.prod(tensor.shape)),
-                        tensor.size_bytes,
+                        name=tensor.name,
+                        source=tensor.source,
+                        shape=tensor.shape,
+                        requested_quant=tensor.requested_quant,
+                        actual_quant=tensor.actual_quant,
+                        reason=tensor.reason,
+                        zeros=zeros / max(1, math.prod(tensor.shape)),
+                        size_bytes=tensor.size_bytes,
                     )
                 )
 
@@ -84,102 +82,85 @@ class TensorWriter:
 
         return tensors
 
-    def _code(self, pool: ThreadPoolExecutor, tensor: GgufTensorPlan) -> Iterator[_QuantizedSlab]:
-        """Yield the packed rows of a tensor slab by slab, in order, with their count of zeros."""
-        quant = quants.load_ggml(tensor.actual_quant)
-        known = (
-            tensor.list_importances(self.importance)
-            if self.importance and quant.uses_importance
-            else [None]
-        )
-        order_I = find_gguf_column_order(tensor.transform, self.checkpoint.shape, tensor.shape[-1])
-        if order_I is not None:
-            known = [None if known_I is None else known_I[order_I] for known_I in known]
+    def _write_tensor(
+        self, stream: BinaryIO, pool: ThreadPoolExecutor, tensor: GgufTensorPlan
+    ) -> int:
+        """Write the packed rows of a tensor slab by slab; return its number of zeros."""
+        quantizer = _SlabQuantizer(tensor, self.importance)
+        zeros = 0
+        for packed_OP, slab_zeros in _map_ahead(pool, quantizer.quantize, _iterate_slabs(tensor)):
+            zeros += slab_zeros
+            stream.write(packed_OP.data)
+            self._done_bytes += packed_OP.nbytes
+            if self.progress:
+                self.progress(self._done_bytes, self.total_bytes)
+        return zeros
 
+
+class _SlabQuantizer:
+    """Number format of one tensor, for worker threads."""
+
+    def __init__(self, tensor: GgufTensorPlan, importance: Importance | None) -> None:
+        self._tensor = tensor
+        self._quant = quants.load_ggml(tensor.actual_quant)
         # What is in the file's format already goes into it unchanged.
+        packed_parts = tensor.packed_parts
         index, count = tensor.row_split
-        parts = tensor.find_packed_parts(self.checkpoint)
-
-        lock = Lock()  # workers that ask for a part at once wait for the one that reads it
 
         @lru_cache(maxsize=2)  # beside the next part
-        def read(part: int) -> Bytes:
-            return np.split(parts[part].read_packed(), count)[index]
+        def read_part(part: int) -> Bytes:
+            return np.split(packed_parts[part].read_packed(), count)[index]
 
-        # Runs in worker threads. Zeros are counted in the dequantized rows, as an engine sees them.
-        def code(slab: _Slab) -> _QuantizedSlab:
-            part, rows, weight_OI = slab
-            if parts:
-                with lock:
-                    packed_OP = read(part)[rows]
-            else:
-                known_I = known[part] if len(known) > 1 else known[0]
-                packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
+        self._is_packed = bool(packed_parts)
+        self._read_part = read_part
+        self._lock = Lock()  # workers that ask for a part at once wait for the one that reads it
 
-            stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
-            quants.check_finite(
-                tensor.source, tensor.actual_quant, weight_OI, stored_OI, wider="bf16 or f32"
-            )
-            return packed_OP, int(np.count_nonzero(stored_OI == 0))
+        self._importances: list[Floats | None] = []  # of each part, columns as in the file
+        if importance and tensor.uses_importance:
+            for known_I in tensor.list_importances(importance):
+                self._importances.append(tensor.conversion.reorder_columns(known_I))
 
-        yield from _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
+    def quantize(self, slab: _Slab) -> _QuantizedSlab:
+        """Return the packed rows of a slab, with their number of zeros."""
+        tensor, weight_OI = self._tensor, slab.weight_OI
+        packed_OP = self._pack(slab)
 
+        # Zeros are counted in the dequantized rows, as an engine sees them.
+        stored_OI = self._quant.dequantize(packed_OP, weight_OI.shape[1])
+        quants.check_finite(
+            tensor.source, tensor.actual_quant, weight_OI, stored_OI, wider="bf16 or f32"
+        )
+        return packed_OP, int(np.count_nonzero(stored_OI == 0))
 
-def split_into_parts(plan: list[GgufTensorPlan], part_bytes: int) -> list[list[GgufTensorPlan]]:
-    """Split tensors into runs of at most ``part_bytes``, or of one larger tensor; 0: one run."""
-    parts: list[list[GgufTensorPlan]] = [[]]
-    size_bytes = 0
-    for tensor in plan:
-        size_bytes += tensor.size_bytes
-        if part_bytes and parts[-1] and size_bytes > part_bytes:
-            parts.append([])
-            size_bytes = tensor.size_bytes
-        parts[-1].append(tensor)
+    def _pack(self, slab: _Slab) -> Bytes:
+        if self._is_packed:
+            with self._lock:
+                packed_OP: Bytes = self._read_part(slab.part)[slab.rows]
+            return packed_OP
 
-    return parts
+        known_I = self._importances[slab.part] if self._importances else None
+        return np.ascontiguousarray(self._quant.quantize(slab.weight_OI, known_I))
 
 
-def _iterate_slabs(
-    checkpoint: Checkpoint, tensor: GgufTensorPlan, slab_weights: int
-) -> Iterator[_Slab]:
-    """Yield a tensor's values as llama.cpp expects them, in slabs of about ``slab_weights``.
-
-    Each slab comes with the index of its array among those of the tensor.
-    """
+def _iterate_slabs(tensor: GgufTensorPlan) -> Iterator[_Slab]:
+    """Yield a tensor's values as llama.cpp expects them, in slabs of bounded size."""
     row_length = tensor.shape[-1]
-    step = max(1, slab_weights // row_length)
-    order_I = find_gguf_column_order(tensor.transform, checkpoint.shape, row_length)
-    factors = list_row_factors(checkpoint.shape, tensor.name)
+    step = max(1, _SLAB_WEIGHTS // row_length)
+    conversion = tensor.conversion
     missing = math.prod(tensor.shape[:-1])
 
-    for part, raw in enumerate(tensor.read(checkpoint)):
+    for part, raw in enumerate(tensor.read()):
         raw_OI = raw.reshape(-1, row_length)
-        order_O = None
         missing -= len(raw_OI)
-        if tensor.transform:
-            order_O = find_gguf_row_order(tensor.transform, checkpoint.shape, len(raw))
-            if raw.ndim == 1 and order_O is not None:  # a bias is one row
-                raw_OI = raw_OI[:, order_O]
-                order_O = None
-
         for start in range(0, len(raw_OI), step):
-            chunk = slice(start, start + step)
-            rows = chunk if order_O is None else order_O[chunk]
+            rows = conversion.find_rows(slice(start, start + step))
             weight_OI = to_float32(raw_OI[rows])
-            if order_I is not None:
-                weight_OI = weight_OI[:, order_I]
-            if tensor.transform == "plus_one":
-                weight_OI = weight_OI + np.float32(1)
-            if tensor.transform == "decay":
-                weight_OI = -np.exp(weight_OI)
-            for factor_X1 in factors:
-                weight_OI = weight_OI * (factor_X1[rows] if len(factor_X1) > 1 else factor_X1)
-            yield part, rows, weight_OI
+            yield _Slab(part, rows, conversion.convert(weight_OI, rows))
 
     # Rows that the checkpoint lacks are zeros.
     for start in range(0, missing, step):
         rest = min(step, missing - start)
-        yield 0, slice(0, 0), np.zeros((rest, row_length), np.float32)
+        yield _Slab(0, slice(0, 0), np.zeros((rest, row_length), np.float32))
 
 
 def _map_ahead(

@@ -17,16 +17,18 @@ from racdeploy.exporting import (
     WriteProgress,
     check_metadata,
 )
-from racdeploy.exporting.gguf.architecture import list_deviations
+from racdeploy.exporting.gguf.architecture import find_architecture
 from racdeploy.exporting.gguf.header import RESERVED_KEYS, make_general_metadata, write_header
 from racdeploy.exporting.gguf.parameters import check_parameters
-from racdeploy.exporting.gguf.splits import name_part
-from racdeploy.exporting.gguf.tensor_writer import TensorWriter, split_into_parts
+from racdeploy.exporting.gguf.splits import assign_files
+from racdeploy.exporting.gguf.tensor_writer import TensorWriter
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan, plan_tensors
-from racdeploy.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from racdeploy.exporting.gguf.tokenizer import read_vocabulary
+from racdeploy.exporting.gguf.vocabulary import Vocabulary
 from racdeploy.files.partials import partial_folder
 from racdeploy.files.writing import disk_errors, file_sha256, require_space
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
 from racdeploy.packing import racgguf
 from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
@@ -44,10 +46,12 @@ class GgufPlan:
     """Plan of an export, made before the first byte is written.
 
     Args:
+        family: with the architecture of the file.
         tensors_by_file: the tensors of each file.
         general: metadata keys in file order.
     """
 
+    family: Family
     tensors: list[GgufTensorPlan]
     tensors_by_file: Mapping[Path, list[GgufTensorPlan]]
     vocabulary: Vocabulary
@@ -99,7 +103,15 @@ def export(
 
     approximate = accept_token_differences > 0
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer, approximate=approximate)
-    plan = make_plan(checkpoint, out, mix, known, vocabulary, metadata or {}, split_bytes)
+    plan = make_plan(
+        checkpoint,
+        out,
+        mix,
+        vocabulary,
+        importance=known,
+        metadata=metadata or {},
+        split_bytes=split_bytes,
+    )
     require_space(out.parent, plan.total_bytes, "choose another place with --out")
 
     with disk_errors(out), partial_folder(out) as scratch:
@@ -110,10 +122,7 @@ def export(
     if known and known.file.name == quants.IMPORTANCE_FILE:  # not a file that the user named
         # Write the importance beside the model, for quantizing it again with llama.cpp.
         matrix = out.with_name(out.stem + quants.IMATRIX_SUFFIX)
-        names = {
-            tensor.name: tensor.parts if tensor.transform == "stack" else (tensor.source,)
-            for tensor in plan.tensors
-        }
+        names = {tensor.name: tensor.importance_sources for tensor in plan.tensors}
         known.write_imatrix(matrix, names)
         result = replace(result, files={**result.files, matrix.name: file_sha256(matrix)})
 
@@ -137,35 +146,44 @@ def make_plan(
     checkpoint: Checkpoint,
     out: Path,
     mix: presets.QuantRules,
-    importance: Importance | None,
     vocabulary: Vocabulary,
+    *,
+    importance: Importance | None = None,
     metadata: Metadata,
     split_bytes: int,
 ) -> GgufPlan:
     """Return the plan of an export; arguments as in :func:`export`."""
-    tensors = plan_tensors(checkpoint, mix)
+    architecture = find_architecture(checkpoint)
+    tensors = plan_tensors(checkpoint, architecture.family, mix)
     if out.suffix == racgguf.SUFFIX:  # a container holds one file
         split_bytes = 0
-    divided = split_into_parts(tensors, split_bytes)
-    parts = {out: tensors}
-    if len(divided) > 1:
-        names = (name_part(out.stem, number, len(divided)) for number in range(len(divided)))
-        parts = dict(zip(map(out.with_name, names), divided, strict=True))
 
-    deviations = list_deviations(checkpoint)
+    tensors_by_file = assign_files(out, tensors, split_bytes)
+
     general = make_general_metadata(checkpoint, mix, metadata)
-    for each in deviations:  # who inspects the file finds another architecture
-        general[f"racdeploy.{each.subject}"] = f"{each.requested}: {each.reason}"
+    deviations = (architecture.deviation,) if architecture.deviation else ()
+    for deviation in deviations:  # who inspects the file finds another architecture
+        key = f"racdeploy.{deviation.subject}"
+        general[key] = f"{deviation.requested}: {deviation.reason}"
     vocabulary.check_model_name(general["general.name"])
 
     notes = vocabulary.notes
     if importance:
-        packed = {tensor.name for tensor in tensors if tensor.find_packed_parts(checkpoint)}
+        packed = {tensor.name for tensor in tensors if tensor.packed_parts}
         notes = (*notes, *describe_importance(importance, tensors, packed))
     if checkpoint.shape.rounds_yarn_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
-    return GgufPlan(tensors, parts, vocabulary, general, importance, notes, deviations)
+    return GgufPlan(
+        family=architecture.family,
+        tensors=tensors,
+        tensors_by_file=tensors_by_file,
+        vocabulary=vocabulary,
+        general=general,
+        importance=importance,
+        notes=notes,
+        deviations=deviations,
+    )
 
 
 def describe_importance(
@@ -176,12 +194,8 @@ def describe_importance(
     Args:
         packed: names of the tensors that the checkpoint has in their format, so none is chosen.
     """
-    quantized = [tensor for tensor in plan if quants.load(tensor.actual_quant).block_size > 1]
-    weighted = [
-        tensor
-        for tensor in quantized
-        if any(row_I is not None for row_I in tensor.list_importances(known))
-    ]
+    quantized = [tensor for tensor in plan if tensor.is_quantized]
+    weighted = [tensor for tensor in quantized if tensor.has_importance(known)]
     if quantized and not weighted:
         raise ArtifactError(
             "importance-of-other-model",
@@ -189,10 +203,7 @@ def describe_importance(
             remedy="leave export.importance out",
         )
 
-    searched = sum(
-        tensor.name not in packed and quants.load_ggml(tensor.actual_quant).uses_importance
-        for tensor in weighted
-    )
+    searched = sum(tensor.name not in packed and tensor.uses_importance for tensor in weighted)
     if not searched:
         return []
     return [
@@ -207,11 +218,12 @@ def _write_parts(
     partials: Mapping[Path, Path],
     progress: WriteProgress | None,
 ) -> tuple[ExportedTensor, ...]:
-    body = TensorWriter(checkpoint, plan.importance, plan.total_bytes, progress)
+    body = TensorWriter(plan.importance, plan.total_bytes, progress)
     written = []
     for number, (file, tensors) in enumerate(plan.tensors_by_file.items()):
         write_header(
             checkpoint,
+            plan.family,
             partials[file],
             tensors,
             vocabulary=None if number else plan.vocabulary,

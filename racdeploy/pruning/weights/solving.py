@@ -14,9 +14,8 @@ from torch import Tensor
 
 from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import set_parameter
+from racdeploy.models.conversion import find_conversion
 from racdeploy.models.families import find_expert, generalize_expert
-from racdeploy.models.multipliers import list_row_factors
-from racdeploy.models.reordering import find_gguf_column_order
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning.walk.expert_linears import SolveGroup, gather_groups
 from racdeploy.pruning.walk.pair import BlockPair
@@ -184,8 +183,10 @@ def find_gguf_layout(shape: ModelShape, linear: str, weight_OI: Tensor) -> GgufL
     """Return the order of a linear's columns in a GGUF file, and the factors of its rows."""
     parameter, device = f"{generalize_expert(linear)}.weight", weight_OI.device
     family = shape.family
-    order_I = find_gguf_column_order(family.transforms.get(parameter), shape, weight_OI.shape[1])
-    factors = list_row_factors(shape, family.block_tensors[parameter])
+    conversion = find_conversion(
+        family.transforms.get(parameter), shape, family.block_tensors[parameter], weight_OI.shape
+    )
+    order_I, factors = conversion.order_I, conversion.factors
     return (
         None if order_I is None else torch.from_numpy(order_I).to(device),
         torch.from_numpy(math.prod(factors)).to(device) if factors else None,

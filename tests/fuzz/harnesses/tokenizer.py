@@ -24,7 +24,7 @@ from tokenizers import (
 )
 
 from racdeploy.errors import RacdeployError
-from racdeploy.exporting.gguf.vocabulary import read_vocabulary
+from racdeploy.exporting.gguf.tokenizer import read_vocabulary
 from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import find_config_ids, renumber_files
