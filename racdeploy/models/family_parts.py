@@ -24,7 +24,8 @@ class ConfigForm:
 
     Args:
         read: takes a ``config.json`` with the defaults in place; returns the settings under usual
-            keys, and None for keys that they replace.
+            keys, others that the record names, as for a value that llama.cpp takes for granted, and
+            None for keys that they replace.
         write: takes a config with usual settings; returns the keys that transformers reads instead.
         listed: keys that may have one value for each block.
         read_blocks: takes a complete config; returns the settings that differ between blocks by the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import build_skeleton
 from racdeploy.errors import ModelError
-from racdeploy.models import families
+from racdeploy.models import families, family_parts
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.family_lookup import NearestFamily, find_family
 from racdeploy.models.family_support import compare_folder
@@ -27,6 +27,23 @@ from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 @pytest.fixture(params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     return Checkpoint(make_checkpoint(tmp_path / "model", request.param, tied=False))
+
+
+def test_the_core_of_a_family_has_no_field_that_one_family_alone_needs() -> None:
+    """Such a field belongs in a part, where the other families' files need not know it."""
+    plain = families.Family("", "")
+    core = []
+    for field in fields(plain):
+        if str(field.type).removesuffix(" | None") not in vars(family_parts):
+            core.append(field.name)
+
+    users = dict.fromkeys(core, 0)
+    for name in plugins.list_names("families"):
+        family = plugins.load("families", name).FAMILY
+        for field_name in core:
+            users[field_name] += getattr(family, field_name) != getattr(plain, field_name)
+
+    assert {field_name: count for field_name, count in users.items() if count < 2} == {}
 
 
 def test_every_tensor_has_a_gguf_name(checkpoint: Checkpoint) -> None:

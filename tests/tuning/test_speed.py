@@ -16,6 +16,7 @@ from racdeploy.tuning.speed import (
     DecodeSample,
     Workload,
     load_or_estimate_device,
+    make_profile_workload,
     measure_device,
     measure_file,
     predict_memory,
@@ -130,3 +131,12 @@ def test_the_table_of_a_target_has_the_formats_that_it_takes(name: str) -> None:
     assert set(target.allowed_quants) <= set(target.device.gb_per_s)
     assert set(target.device.repacked) <= set(target.device.gb_per_s)
     assert target.device.source.startswith("estimated")
+
+
+def test_a_profile_measures_the_formats_of_whole_models() -> None:
+    """The widest blocks first, then the narrow ones, and 16 bits last, which take the longest."""
+    measured = make_profile_workload().quants
+    assert measured[0] == "q8_0"
+    assert measured[-1] == "f16"
+    assert {"q6_k", "q5_0", "q4_k", "iq4_nl", "q2_k"} < {*measured}
+    assert {*measured}.isdisjoint({"f32", "bf16", "mxfp4", "matmulnbits_4"})
