@@ -49,7 +49,9 @@ def write_card(reports: Sequence[Report]) -> str:
 
 def _fill(name: str, verdict: str, arm: ArmSummary, report: Report | None) -> tuple[str, ...]:
     comparison = report.comparison if report else None
-    columns = _COLUMNS
+    columns = dict(_COLUMNS)
     if comparison is None:
-        columns = {key: "" if "{1" in cell else cell for key, cell in _COLUMNS.items()}
+        for column, cell in _COLUMNS.items():
+            if "{1" in cell:  # a figure of the comparison
+                columns[column] = ""
     return (to_single_line(name), verdict, *fill_cells(columns, arm, comparison))

@@ -26,7 +26,7 @@ from racdeploy.report.tables import (
     format_number,
     list_next_steps,
     list_tables,
-    make_tables,
+    make_table,
 )
 from racdeploy.report.toml_writer import to_toml
 from racdeploy.results.answers import AnswerRecord
@@ -112,15 +112,18 @@ def _tables(report: Report, pairs: Sequence[AnswerPair]) -> dict[str, ReportTabl
     dense, pruned = report.roles
     measured = [(row.held_out_error or 0.0, row.name) for row in report.linears]
     worst = sorted(measured, key=lambda pair: -pair[0])[:_WORST_LINEARS]
-    page_tables = {
-        ("Worst linears", "linear|held-out error"): tuple(
-            (name, f"{error:.2%}") for error, name in worst if error >= _MIN_ERROR
-        ),
-        ("Thinking by task", f"task|prompts|{dense}|{pruned}|change"): _thinking_by_task(pairs),
-        ("Sentences of a thought", f"sentences|{dense}|{pruned}"): _mean_sentences(pairs),
-    }
+    worst_rows = [(name, f"{error:.2%}") for error, name in worst if error >= _MIN_ERROR]
+    task_columns = ("task", "prompts", dense, pruned, "change")
+    page_tables = (
+        make_table("Worst linears", ("linear", "held-out error"), worst_rows),
+        make_table("Thinking by task", task_columns, _thinking_by_task(pairs)),
+        make_table("Sentences of a thought", ("sentences", dense, pruned), _mean_sentences(pairs)),
+    )
 
-    return tables_by_title | {table.title: table for table in make_tables(page_tables)}
+    for table in page_tables:
+        if table.rows:
+            tables_by_title[table.title] = table
+    return tables_by_title
 
 
 def _draw_models(report: Report) -> Markup:
@@ -147,11 +150,14 @@ def _mean_sentences(pairs: Sequence[AnswerPair]) -> list[TableRow]:
     """Return the mean number of sentences in a thought, by kind; without kinds that none has."""
     dense = count_sentences(pair.dense.thinking_text for pair in pairs)
     pruned = count_sentences(pair.pruned.thinking_text for pair in pairs)
-    return [
-        (kind, *(f"{counts[kind] / len(pairs):.2f}" for counts in (dense, pruned)))
-        for kind in dense
-        if dense[kind] or pruned[kind]
-    ]
+
+    rows: list[TableRow] = []
+    for kind in dense:
+        if dense[kind] or pruned[kind]:
+            dense_mean = dense[kind] / len(pairs)
+            pruned_mean = pruned[kind] / len(pairs)
+            rows.append((kind, f"{dense_mean:.2f}", f"{pruned_mean:.2f}"))
+    return rows
 
 
 def _thinking_by_task(pairs: Sequence[AnswerPair]) -> tuple[TableRow, ...]:

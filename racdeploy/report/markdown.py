@@ -151,7 +151,10 @@ def _items(texts: Iterable[str]) -> list[str]:
 
 def write_table(table: ReportTable) -> str:
     """Return a table with its title, every cell escaped."""
-    rules = ["---:" if right else "---" for right in table.numeric]
+    rules = []
+    for is_numeric in table.numeric:
+        rules.append("---:" if is_numeric else "---")
+
     lines = [_line(table.columns), _line(rules)]
     for row in table.rows[:_MAX_ROWS]:
         cells = [escape(_clip(cell)) for cell in row]

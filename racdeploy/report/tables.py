@@ -84,7 +84,6 @@ class ReportTable:
 def list_tables(report: Report) -> list[ReportTable]:
     """Return every table with rows, in reading order."""
     kept = list_remaining(report.kept_structure, report.structure)
-    drift = "Drift from the dense model, worst first"
     # An unknown quant becomes a dash, like any other None.
     roles = dict(zip(("dense", "pruned"), report.roles, strict=True))
     dense, pruned = report.roles
@@ -95,45 +94,39 @@ def list_tables(report: Report) -> list[ReportTable]:
     columns = dict(_ARM)
     if report.reference:
         del columns["sparsity"]
-    phases = [
-        (end, "yes" if end.kept else "no, undone") for end in list_phase_ends(report.recovery)
-    ]
 
-    # The error after the last block by task, then by segment, each the worst first.
-    drifts: list[TableRow] = []
-    for last in report.blocks[-1:]:
-        kinds = {"task": last.drift_by_task, "tokens of the": last.drift_by_segment}
-        for kind, errors in kinds.items():
-            worst_first = sorted(errors.items(), key=lambda item: -item[1])
-            drifts += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
-
+    arm_rows = [fill_cells(columns, arm) for arm in arms]
     rivals = [fill_cells(_RIVAL, row) for row in report.rivals]
-    candidates: dict[tuple[str, str], list[TableRow]] = {
-        (report.both_roles, "|".join(columns)): [fill_cells(columns, arm) for arm in arms],
-        ("Comparison with dense models", "|".join(_RIVAL)): rivals,
-        ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
-        ("Recovery", "|".join(_PHASE)): [fill_cells(_PHASE, *phase) for phase in phases],
-        ("Tasks", f"task|prompts|{dense}|{pruned}"): _tasks(report),
-        **(_harness(report.harness) if report.harness else {}),
-        ("Checks", "check|verdict|result"): [
-            (check.name, check.verdict, check.summary) for check in _sort_checks(report.checks)
-        ],
-        (drift, "held-out traces|hidden state after the last block"): drifts,
-        ("Deviations", "property|requested|actual|where|reason"): _deviations(report),
-    }
+    phase_rows = []
+    for end in list_phase_ends(report.recovery):
+        phase_rows.append(fill_cells(_PHASE, end, "yes" if end.kept else "no, undone"))
 
-    return make_tables(candidates)
+    checks = [(check.name, check.verdict, check.summary) for check in _sort_checks(report.checks)]
+    tables = [
+        make_table(report.both_roles, columns, arm_rows),
+        make_table("Comparison with dense models", _RIVAL, rivals),
+        make_table("Structure", ("part", "dense", "pruned", "kept"), [part.row for part in kept]),
+        make_table("Recovery", _PHASE, phase_rows),
+        make_table("Tasks", ("task", "prompts", dense, pruned), _tasks(report)),
+    ]
+    if report.harness:
+        tables.append(_harness(report.harness))
+    tables += [
+        make_table("Checks", ("check", "verdict", "result"), checks),
+        _drifts(report),
+        make_table(
+            "Deviations",
+            ("property", "requested", "actual", "where", "reason"),
+            _deviations(report),
+        ),
+    ]
+    return [table for table in tables if table.rows]
 
 
-def make_tables(candidates: Mapping[tuple[str, str], Sequence[TableRow]]) -> list[ReportTable]:
-    """Return a table for each title and its columns, without tables that have no rows."""
-    made = []
-    for (title, columns), rows in candidates.items():
-        cells = [tuple(to_single_line(cell) for cell in row) for row in rows]
-        if cells:
-            made.append(ReportTable(title, tuple(columns.split("|")), tuple(cells)))
-
-    return made
+def make_table(title: str, columns: Iterable[str], rows: Iterable[TableRow]) -> ReportTable:
+    """Return a table, each cell of its rows on one line."""
+    single_lines = tuple(tuple(map(to_single_line, row)) for row in rows)
+    return ReportTable(title, tuple(columns), single_lines)
 
 
 def list_next_steps(report: Report) -> list[str]:
@@ -241,6 +234,19 @@ def fill_cells(cells: Mapping[str, str], *values: object) -> TableRow:
     return tuple(format_with_units(cell, *values) for cell in cells.values())
 
 
+def _drifts(report: Report) -> ReportTable:
+    """Return the error after the last block by task, then by segment, each the worst first."""
+    rows: list[TableRow] = []
+    for last in report.blocks[-1:]:
+        kinds = {"task": last.drift_by_task, "tokens of the": last.drift_by_segment}
+        for kind, errors in kinds.items():
+            worst_first = sorted(errors.items(), key=lambda item: -item[1])
+            rows += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
+
+    columns = ("held-out traces", "hidden state after the last block")
+    return make_table("Drift from the dense model, worst first", columns, rows)
+
+
 def _tasks(report: Report) -> list[TableRow]:
     rows = []
     for task in report.tasks:
@@ -253,10 +259,11 @@ def _tasks(report: Report) -> list[TableRow]:
     return rows
 
 
-def _harness(run: HarnessRun) -> dict[tuple[str, str], list[TableRow]]:
+def _harness(run: HarnessRun) -> ReportTable:
     """Return the table of the harness's figures, in its own unit with its own standard errors."""
-    harness = to_single_line(f"{run.name} {run.version}").replace("|", " ")
-    columns = f"{harness}|documents|dense|pruned|difference ({run.confidence:.0%})|lost|won"
+    harness = to_single_line(f"{run.name} {run.version}")
+    difference = f"difference ({run.confidence:.0%})"
+    columns = (harness, "documents", "dense", "pruned", difference, "lost", "won")
 
     rows: list[TableRow] = []
     for row in run.rows:
@@ -275,7 +282,7 @@ def _harness(run: HarnessRun) -> dict[tuple[str, str], list[TableRow]]:
                 format_with_units("{:,}", row.won),
             )
         )
-    return {(HARNESS_TITLE, columns): rows}
+    return make_table(HARNESS_TITLE, columns, rows)
 
 
 def _figure(value: float, stderr: float | None) -> str:
@@ -342,4 +349,7 @@ def _where(names: Sequence[str]) -> str:
         return names[0]
 
     kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
-    return ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items())
+    words = []
+    for kind, count in kinds.items():
+        words.append(f"{count} × {kind}" if count > 1 else kind)
+    return ", ".join(words)

@@ -5,7 +5,7 @@ As in :mod:`racdeploy.report.tables`, cells are plain text that each output esca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from racdeploy.report.tables import (
@@ -76,8 +76,12 @@ def make_tuning_table(
         if not is_empty and not (brief and column in _WIDE_COLUMNS):
             kept.append(index)
 
-    table = [tuple(to_single_line(row[index]) for index in kept) for row in (columns, *rows)]
-    return ReportTable("Candidates", table[0], tuple(table[1:]))
+    head, *body = [_pick_cells(row, kept) for row in (columns, *rows)]
+    return ReportTable("Candidates", head, tuple(body))
+
+
+def _pick_cells(row: Sequence[str], indices: Sequence[int]) -> tuple[str, ...]:
+    return tuple(to_single_line(row[index]) for index in indices)
 
 
 def list_facts(tuning: Tuning) -> list[tuple[str, str]]:
