@@ -72,10 +72,11 @@ class BenchResult:
 
     def ratios(self) -> dict[str, list[float]]:
         """Return the ratios of pruned to dense of all rounds, sorted, by the name of the figure."""
-        rounds = list(zip(self.dense_rounds, self.pruned_rounds, strict=True))
-        return {
-            name: sorted(pruned[name] / dense[name] for dense, pruned in rounds) for name in FIGURES
-        }
+        ratios_by_name = {}
+        for name in FIGURES:
+            rounds = zip(self.dense_rounds, self.pruned_rounds, strict=True)
+            ratios_by_name[name] = sorted(pruned[name] / dense[name] for dense, pruned in rounds)
+        return ratios_by_name
 
     @property
     def warning(self) -> str:
@@ -255,7 +256,10 @@ def _format_figure(name: str, value: float) -> str:
 
 
 def _take_medians(rounds: Sequence[Figures]) -> Figures:
-    return {name: median(figures[name] for figures in rounds) for name in FIGURES}
+    medians = {}
+    for name in FIGURES:
+        medians[name] = median(figures[name] for figures in rounds)
+    return medians
 
 
 def _measure(

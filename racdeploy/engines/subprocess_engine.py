@@ -92,7 +92,7 @@ class SubprocessEngine(Engine):
     ) -> list[Completion]:
         check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
         request = {
-            "prompts": [[int(token) for token in ids] for ids in prompts],
+            "prompts": [list(map(int, ids)) for ids in prompts],  # numpy's are no JSON
             "sampling": _describe(sampling),
             "stream": on_tokens is not None,
         }

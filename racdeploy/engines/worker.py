@@ -200,8 +200,7 @@ class _Worker:
 
         def send(updates: TokenUpdates) -> None:
             if request["stream"]:
-                values = [(i, ids, _write(ended) if ended else None) for i, ids, ended in updates]
-                self._send(call, "tokens", updates=values)
+                self._send(call, "tokens", updates=[_write_update(*update) for update in updates])
 
         def end() -> None:
             outbox.flush()
@@ -258,6 +257,10 @@ class _Worker:
         header = {"call": call, "event": event, **values}
         with self._sending:
             write_message(self._out, header, payload)
+
+
+def _write_update(index: int, ids: Sequence[int], ended: Completion | None) -> tuple[object, ...]:
+    return index, ids, _write(ended) if ended else None
 
 
 def _write(completion: Completion) -> tuple[object, ...]:

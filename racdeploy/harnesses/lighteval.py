@@ -44,7 +44,9 @@ def arguments(order: HarnessRequest) -> list[str]:
     settings = order.out / "model.yaml"  # JSON is YAML
     settings.write_text(json.dumps({"model_parameters": model}, indent=1), encoding="utf-8")
 
-    tasks = [task if "|" in task else f"{task}|0" for task in order.tasks]
+    tasks = []
+    for task in order.tasks:
+        tasks.append(task if "|" in task else f"{task}|0")  # 0 worked examples
     chosen = ["lighteval", "endpoint", "litellm", str(settings), ",".join(tasks)]
     chosen += [f"--output-dir={order.out}", "--save-details"]
 

@@ -129,8 +129,11 @@ def library() -> ctypes.CDLL:
 
 def system_call(number: int, *arguments: object) -> int:
     """Return the result of a system call; OSError where it fails."""
-    wide = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
-    return _check(library().syscall(ctypes.c_long(number), *wide))
+    widened = []
+    for argument in arguments:
+        # ctypes passes an int in 32 bits, and the kernel reads 64.
+        widened.append(ctypes.c_long(argument) if isinstance(argument, int) else argument)
+    return _check(library().syscall(ctypes.c_long(number), *widened))
 
 
 def _check(result: int) -> int:

@@ -14,6 +14,7 @@ import platform
 import struct
 import sys
 import tomllib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
 from typing import Any, Literal
@@ -63,11 +64,14 @@ def make_filter(kind: Literal["engine", "reader"]) -> list[tuple[int, ...]]:
     """Return the instructions of a filter, with this machine's numbers."""
     calls = system_calls()
     filters = calls["filters"]
-    rows = list(filters["start"])
 
+    steps = [_fill_in(row, calls) for row in filters["start"]]
     for number in calls["denied"] + calls.get(kind, []):
-        rows += [
-            [number if value == "number" else value for value in row] for row in filters["denied"]
-        ]
+        steps += [_fill_in(row, {**calls, "number": number}) for row in filters["denied"]]
+    steps += [_fill_in(row, calls) for row in filters[kind]]
+    return steps
 
-    return [tuple(calls.get(value, value) for value in row) for row in rows + filters[kind]]
+
+def _fill_in(row: Sequence[int | str], numbers: Mapping[Any, Any]) -> tuple[int, ...]:
+    """Return an instruction of the table with the numbers of its names."""
+    return tuple(numbers.get(value, value) for value in row)

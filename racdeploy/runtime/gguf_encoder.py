@@ -83,6 +83,10 @@ class GgufTokenizer(Tokenizer):
         joined = (b"".join(map(self._pieces.__getitem__, ids)) for ids in sequences)
         return [data.decode("utf-8", "replace") for data in joined]
 
+    def write_special(self, token: int) -> str | None:
+        """Return the text of a special token, None for -1: the file has no such token."""
+        return self.decode([token]) if token >= 0 else None
+
     @cached_property
     def _details(self) -> Json:
         controls = self.decode_batch([[token] for token in self.info["control_ids"]])
@@ -98,7 +102,10 @@ class GgufTokenizer(Tokenizer):
 
     def tokens_to_ids(self, texts: Sequence[str]) -> list[int | None]:
         """Return the id of each text that is one token, else None."""
-        return [ids[0] if len(ids) == 1 else None for ids in self.encode_batch(texts)]
+        single_ids: list[int | None] = []
+        for ids in self.encode_batch(texts):
+            single_ids.append(ids[0] if len(ids) == 1 else None)
+        return single_ids
 
     def check(self) -> None:
         """The file was read when this was made."""
@@ -130,8 +137,8 @@ class GgufEncoder(PromptEncoder):
                 remedy="convert a model that has one, not a base model",
             )
 
-        ids = (info["bos_id"], info["eos_id"])
-        bos, eos = (tokenizer.decode([token]) if token >= 0 else None for token in ids)
+        bos = tokenizer.write_special(info["bos_id"])
+        eos = tokenizer.write_special(info["eos_id"])
         template = ChatTemplate(info["template"], bos, eos, sandbox=tokenizer.sandbox)
         return cls(tokenizer, template, add_bos=info["add_bos"])
 

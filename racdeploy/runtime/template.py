@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,15 +201,13 @@ class PromptEncoder:
         the token.
         """
         messages = list_messages(prompt)
-        typed = [str(message.get("content")) for message in messages if not _is_by_model(message)]
-        typed.append(str(tools))
-        forged = [
-            token for token in self.tokenizer.control_tokens if any(token in t for t in typed)
-        ]
+        texts = [str(message.get("content")) for message in messages if not _is_by_model(message)]
+        texts.append(str(tools))
+        forged = [token for token in self.tokenizer.control_tokens if _is_in_any(token, texts)]
 
         mark = ""
         if forged:
-            mark = next(each for each in _MARKS if not any(each in text for text in typed))
+            mark = next(mark for mark in _MARKS if not _is_in_any(mark, texts))
             messages = [_mark_message(message, forged, mark) for message in messages]
             tools = _insert_marks(tools, forged, mark)
         return self._encode_marked(messages, tools, mark)
@@ -229,6 +227,10 @@ class PromptEncoder:
 def list_messages(prompt: Prompt) -> Sequence[Message]:
     """Return the messages of a prompt; a string is one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _is_in_any(piece: str, texts: Iterable[str]) -> bool:
+    return any(piece in text for text in texts)
 
 
 def _is_by_model(message: Message) -> bool:

@@ -241,13 +241,14 @@ def read_chat(body: Json) -> ChatRequest:
     """Check a body of ``/v1/chat/completions``."""
     messages = body.get("messages")
     if isinstance(messages, list):
-        known = [_read_message(m) if isinstance(m, dict) else m for m in messages]
-        body = {**body, "messages": known}
+        body = {**body, "messages": [_read_message(message) for message in messages]}
     return _check(ChatRequest, body)
 
 
-def _read_message(message: Json) -> Any:
+def _read_message(message: Any) -> Any:
     """Return a message without what changes nothing; one with calls needs no content."""
+    if not isinstance(message, dict):
+        return message  # refused by its model
     empty = {"content": ""} if message.get("tool_calls") else {}
     return empty | _leave_out(message, _TABLE["message"])
 

@@ -197,10 +197,12 @@ def write_entries(
     """
     rows = rows or {}
 
-    described = {
-        name: (entry.dtype, (len(rows[name]), *entry.shape[1:]) if name in rows else entry.shape)
-        for name, entry in entries.items()
-    }
+    described = {}
+    for name, entry in entries.items():
+        shape = entry.shape
+        if name in rows:
+            shape = (len(rows[name]), *shape[1:])
+        described[name] = (entry.dtype, shape)
 
     with file.open("wb") as target:
         size_bytes = write_header(target, described)
@@ -209,7 +211,10 @@ def write_entries(
             return
 
         for name, entry in entries.items():
-            target.writelines(_read_rows(entry, rows[name]) if name in rows else entry.iter_bytes())
+            if name in rows:
+                target.writelines(_read_rows(entry, rows[name]))
+            else:
+                target.writelines(entry.iter_bytes())
 
 
 def _count_bytes(dtype: str, shape: Sequence[int]) -> int:

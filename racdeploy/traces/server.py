@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from racdeploy.engines.backends.server import CompletionRequest, ServerEngine, derive_seed
@@ -111,11 +112,11 @@ def _answer(
     shard_requests: Sequence[ShardRequest],
 ) -> list[list[Completion]]:
     """Return the completions of several shards; those of an earlier run are reused."""
-    shards: list[list[CompletionRequest]] = [
-        [(ids, sampling, rng_index) for rng_index, ids in enumerate(prompts)]
-        for prompts, sampling in shard_requests
-    ]
-    requests = [request for shard in shards for request in shard]
+    shards: list[list[CompletionRequest]] = []
+    for prompts, sampling in shard_requests:
+        shards.append([(ids, sampling, rng_index) for rng_index, ids in enumerate(prompts)])
+
+    requests = chain.from_iterable(shards)
     missing = [request for request in requests if _find_logged(log, request) is None]
 
     # A completion is logged the moment it ends, so a killed run loses only unfinished ones.
@@ -127,8 +128,11 @@ def _answer(
 
     engine.complete(missing, keep)
 
-    logged = ((_find_logged(log, request) for request in shard) for shard in shards)
-    return [[completion for completion in answers if completion] for answers in logged]
+    completions = []
+    for shard in shards:
+        logged = (_find_logged(log, request) for request in shard)
+        completions.append([completion for completion in logged if completion])
+    return completions
 
 
 def _find_logged(log: CompletionLog, request: CompletionRequest) -> Completion | None:

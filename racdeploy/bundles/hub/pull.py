@@ -97,11 +97,11 @@ def _choose(remote: HubRepository, quant: str) -> str:
         )
 
     # An empty --quant matches every bundle, so a single bundle needs no choice.
-    fitting = [
-        name
-        for name, manifest in manifests.items()
-        if quant.lower() in {"", name.lower(), *(entry.quant for entry in manifest.artifacts)}
-    ]
+    fitting = []
+    for name, manifest in manifests.items():
+        quants = {entry.quant for entry in manifest.artifacts}
+        if quant.lower() in {"", name.lower(), *quants}:
+            fitting.append(name)
     if len(fitting) == 1:
         return fitting[0]
 

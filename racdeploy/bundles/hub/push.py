@@ -121,10 +121,10 @@ class PushPlan:
     @property
     def sizes(self) -> dict[str, int]:
         """Size of each file to write in bytes, by path."""
-        return {
-            path: len(source) if isinstance(source, bytes) else source.stat().st_size
-            for path, source in self.contents.items()
-        }
+        sizes = {}
+        for path, source in self.contents.items():
+            sizes[path] = len(source) if isinstance(source, bytes) else source.stat().st_size
+        return sizes
 
 
 def plan_push(folder: Path, name: str, revision: str, *, ignore_unreachable: bool) -> PushPlan:

@@ -148,9 +148,13 @@ def _write_object(left: Json, write: Callable[[Json], str]) -> str:
         name: f'{_quote(_quote(name))} space ":" space {write(value)}'
         for name, value in left.pop("properties").items()
     }
-    required = left.pop("required", None) or [*pairs]
-    members = ' "," space '.join(map(pairs.pop, required))
-    optional = "".join(f' ("," space {pair})?' for pair in pairs.values())
+    required = left.pop("required", None) or list(pairs)
+
+    members = ' "," space '.join(pairs[name] for name in required)
+    optional = ""
+    for name, pair in pairs.items():
+        if name not in required:
+            optional += f' ("," space {pair})?'
     return f'"{{" space {members}{optional} "}}" space'
 
 

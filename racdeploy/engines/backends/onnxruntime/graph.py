@@ -75,8 +75,10 @@ class CacheTensor:
 
     def zeros(self, rows: int, length: int) -> Array:
         """Return an empty cache of ``rows`` sequences."""
-        sizes = [length if size is None else size for size in self.sizes]
-        return np.zeros((rows, *sizes), dtype=self.dtype)
+        sizes = [rows]
+        for size in self.sizes:
+            sizes.append(length if size is None else size)
+        return np.zeros(sizes, dtype=self.dtype)
 
 
 class DecoderGraph:

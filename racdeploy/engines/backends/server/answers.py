@@ -95,7 +95,9 @@ class CompletionReader:
             )
 
         ids = self.tokenizer.encode(text)
-        generated = read_usage(answer, "completion_tokens") - (ended and self.counts_end)
+        generated = read_usage(answer, "completion_tokens")
+        if ended and self.counts_end:
+            generated -= 1  # the end-of-sequence has no text
         is_whole = "\ufffd" not in text  # it replaces bytes of an incomplete character
         gives_same_text = self.tokenizer.decode(ids) == text
 
