@@ -55,18 +55,31 @@ class CodedWeight(PackedEntry):
 
     def read_codes(self) -> GridCodes:
         """Return the codes of all rows."""
-        values = {name: part.read() for name, part in self.fields.items() if name != "weight_OI"}
-        for name, value in values.items():
-            if name.endswith("scale_OX"):
-                values[name] = value.astype(np.float32)
-            elif name.endswith("code_OG"):
-                values[name] = value.view(np.int8).astype(np.int16)
-        code_OP = values["code_OI"]
-        if code_OP.shape != self.shape:  # two in a byte
-            values["code_OI"] = np.concatenate([code_OP & 15, code_OP >> 4], axis=1)
-        if values["code_OI"].max(initial=0) >= len(load_grid(self.quant).values):
+        code_OI = self.fields["code_OI"].read()
+        if code_OI.shape != self.shape:  # two in a byte
+            code_OI = np.concatenate([code_OI & 15, code_OI >> 4], axis=1)
+        if code_OI.max(initial=0) >= len(load_grid(self.quant).values):
             raise _damage(f"{self.file} has codes that {self.quant} lacks")
-        return GridCodes(**values)
+
+        return GridCodes(
+            code_OI=code_OI,
+            scale_OX=self.fields["scale_OX"].read().astype(np.float32),
+            step_code_OG=self._read_signed("step_code_OG"),
+            minimum_code_OG=self._read_signed("minimum_code_OG"),
+            minimum_scale_OX=self._read_minimum_scale(),
+        )
+
+    def _read_signed(self, field: str) -> NDArray[np.int16] | None:
+        if field not in self.fields:
+            return None
+        stored_OG: Bytes = self.fields[field].read()
+        return stored_OG.view(np.int8).astype(np.int16)
+
+    def _read_minimum_scale(self) -> Floats | None:
+        if "minimum_scale_OX" not in self.fields:
+            return None
+        stored_OX: NDArray[Any] = self.fields["minimum_scale_OX"].read()
+        return stored_OX.astype(np.float32)
 
 
 def name_arrays(
@@ -74,20 +87,27 @@ def name_arrays(
 ) -> dict[str, NDArray[Any]]:
     """Return the arrays of a weight's codes by their names in the file."""
     grid = load_grid(quant)
-    values = {name: value for name, value in vars(codes).items() if value is not None}
-    for name, value in values.items():
-        if name.endswith("code_OG"):
-            values[name] = value.astype(np.int8).view(np.uint8)
-        elif name.endswith("scale_OX"):
-            with np.errstate(over="ignore"):  # powers of two may be larger
-                half_OX = value.astype(np.float16)
-            if np.array_equal(half_OX, value):
-                values[name] = half_OX
-    if len(grid.values) <= 16:
-        values["code_OI"] = pack_halves(codes.code_OI)
+    code_OP = pack_halves(codes.code_OI) if len(grid.values) <= 16 else codes.code_OI
+    fields: dict[str, NDArray[Any]] = {"code_OI": code_OP, "scale_OX": _narrow(codes.scale_OX)}
+    if codes.step_code_OG is not None:
+        fields["step_code_OG"] = codes.step_code_OG.astype(np.int8).view(np.uint8)
+    if codes.minimum_code_OG is not None:
+        fields["minimum_code_OG"] = codes.minimum_code_OG.astype(np.int8).view(np.uint8)
+    if codes.minimum_scale_OX is not None:
+        fields["minimum_scale_OX"] = _narrow(codes.minimum_scale_OX)
+
+    # Where the file orders columns in another way, codes do not give the weights.
     if not np.array_equal(grid.decode(codes), weight_OI):
-        values["weight_OI"] = weight_OI
-    return {f"{weight}|{quant}|{name}": value for name, value in values.items()}
+        fields["weight_OI"] = weight_OI
+
+    return {f"{weight}|{quant}|{name}": array for name, array in fields.items()}
+
+
+def _narrow(scale_OX: NDArray[Any]) -> NDArray[Any]:
+    """Return scales in half precision, or as they are if that would change one."""
+    with np.errstate(over="ignore"):  # powers of two may be larger
+        half_OX = scale_OX.astype(np.float16)
+    return half_OX if np.array_equal(half_OX, scale_OX) else scale_OX
 
 
 def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
