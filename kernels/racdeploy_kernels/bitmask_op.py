@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from racdeploy import quant as quants
-from racdeploy.packing.codes import reason_against_mask
+from racdeploy.packing.masks import reason_against_mask
 from racdeploy.packing.onnx.packer import Arrays, BaseGraphPacker
 from racdeploy_kernels.sparse_matrix import BLOCK, KERNEL_FORMATS
 

@@ -104,7 +104,15 @@ def _describe(name: str, widths: tuple[int, ...], kind: str, xor_byte: int = 0) 
     """Return the layout of a ggml type whose blocks begin with their scales."""
     _, _, weights, size_bytes = GGML_TYPES[name]
     head_bytes = size_bytes - weights * sum(widths) // 8
-    return BlockLayout(name, weights, size_bytes, head_bytes, widths, kind, xor_byte)
+    return BlockLayout(
+        name=name,
+        block_weights=weights,
+        block_bytes=size_bytes,
+        head_bytes=head_bytes,
+        plane_bits=widths,
+        code_dtype=kind,
+        xor_byte=xor_byte,
+    )
 
 
 _KNOWN = (

@@ -7,7 +7,7 @@ depends on no other, so one chunk is in memory at a time. Format: docs/reference
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError
 from racdeploy.packing.block_layouts import CHUNK_WEIGHTS, BlockLayout, Bytes
 from racdeploy.packing.buckets import BucketTable
+from racdeploy.packing.masks import count_mask_bytes, pack_mask, unpack_mask
 
 ReadBytes = Callable[[int], Bytes]
 """Returns the next bytes of a file, as many as asked for, or raises an ArtifactError."""
@@ -65,7 +66,7 @@ def pack_chunk(layout: BlockLayout, plain: Bytes, index: int, table: BucketTable
         planes.append((payload.size, payload.tobytes()))
     else:
         keep = codes != 0
-        first = np.packbits(keep, bitorder="little")
+        first = pack_mask(keep)
         planes += _encode_codes(layout, codes[keep], index)
 
     sizes = [size for size, _ in planes]
@@ -93,13 +94,16 @@ def unpack_chunk(
         )
 
     # Bucket numbers or a mask, then planes: those of heads, then those of codes.
-    first = take(5 * blocks if table else -(-weights // 8))
+    first = take(5 * blocks if table else count_mask_bytes(weights))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
 
     if table:
         body = table.decode(first, take(sizes[0]), layout.xor_byte & 15)
     else:
-        body = layout.join(_expand(layout, first, weights, sizes, take))
+        keep = _unpack_mask(first, weights)
+        codes = np.zeros(weights, dtype=layout.code_dtype)
+        codes[keep] = _take_kept(layout, len(keep), sizes, take)
+        body = layout.join(codes)
 
     if heads:
         # Each plane of heads has one byte of every block.
@@ -117,26 +121,29 @@ def _split_codes(layout: BlockLayout, plain: Bytes) -> NDArray[Any]:
     return layout.split(blocks_GP[:, layout.head_bytes :])
 
 
-def _expand(
-    layout: BlockLayout, mask: Bytes, weights: int, sizes: list[int], take: ReadBytes
-) -> NDArray[Any]:
+def _unpack_mask(mask: Bytes, weights: int) -> NDArray[np.intp]:
+    """Return the indices of the kept codes; a mask with more bits is an ArtifactError."""
     if weights % 8 and mask[-1] >> weights % 8:
         raise ArtifactError("damaged-packing", "a mask has bits behind the end of its chunk")
 
-    kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
+    return np.flatnonzero(unpack_mask(mask, weights))
+
+
+def _take_kept(
+    layout: BlockLayout, count: int, sizes: Sequence[int], take: ReadBytes
+) -> NDArray[Any]:
+    """Return the next ``count`` codes, joined from their planes."""
     fields: list[NDArray[Any]] = []
     shift = 0
     for bits, size in zip(layout.plane_bits, sizes, strict=True):
-        plane = _decode(size, -(-kept.size * bits // 8), take)
-        field = _unpack_bits(plane, bits)[: kept.size].astype(layout.code_dtype, copy=False)
+        plane = _decode(size, -(-count * bits // 8), take)
+        field = _unpack_bits(plane, bits)[:count].astype(layout.code_dtype, copy=False)
         if shift:
             field = field << shift
         fields.append(field)
         shift += bits
 
-    codes = np.zeros(weights, dtype=layout.code_dtype)
-    codes[kept] = reduce(np.bitwise_or, fields)
-    return codes
+    return reduce(np.bitwise_or, fields)
 
 
 def _encode_codes(layout: BlockLayout, kept: NDArray[Any], index: int) -> list[tuple[int, bytes]]:
@@ -169,7 +176,9 @@ def _unpack_bits(packed: Bytes, bits: int) -> Bytes:
 def _encode(plane: Bytes, max_bits: float) -> tuple[int, bytes]:
     """Return the size field and bytes of a plane, deflated if its entropy is low enough."""
     if plane.size and _measure_entropy(plane) <= max_bits:
-        deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
+        deflate = zlib.compressobj(
+            level=6, method=zlib.DEFLATED, wbits=-zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_RLE
+        )
         data = deflate.compress(plane.data) + deflate.flush()
         if len(data) < plane.size:
             return len(data) | _DEFLATED, data

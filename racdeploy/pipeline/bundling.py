@@ -180,10 +180,11 @@ def _list_companions(
         for name, text in texts.items()
         if Path(name).name in CONFIG_FILES
     }
-    return tuple(
-        entry.model_copy(update={"companions": hashes if entry.format == "onnx" else {}})
-        for entry in manifest.artifacts
-    )
+    artifacts = []
+    for entry in manifest.artifacts:
+        companions = hashes if entry.format == "onnx" else {}
+        artifacts.append(entry.model_copy(update={"companions": companions}))
+    return tuple(artifacts)
 
 
 def _copy_files(source: Path, out: Path, names: Sequence[str]) -> None:

@@ -84,8 +84,10 @@ def _write_key_value_heads(writer: GGUFWriter, shape: ModelShape) -> None:
         writer.add_head_count_kv(_one_or_each(heads))
         return
 
-    pairs = zip(heads, shape.attends, strict=True)
-    writer.add_head_count_kv([count if attends else 0 for count, attends in pairs])
+    attending_heads = []
+    for count, attends in zip(heads, shape.attends, strict=True):
+        attending_heads.append(count if attends else 0)
+    writer.add_head_count_kv(attending_heads)
 
 
 def _one_or_each(values: Sequence[int]) -> int | list[int]:
@@ -101,8 +103,7 @@ def check_parameters(shape: ModelShape) -> None:
         if value is None or allowed is None:
             continue
 
-        # ``=name`` stands for the value of another setting.
-        accepted = [shape.setting(a[1:]) if str(a).startswith("=") else a for a in allowed]
+        accepted = [_resolve(shape, item) for item in allowed]
         if value not in accepted:
             computes = f"computes only {accepted[0]!r}" if accepted else "does not support it"
             raise ModelError(
@@ -122,6 +123,13 @@ def check_parameters(shape: ModelShape) -> None:
             f"config.json: rope scaling {kind!r} is unknown to llama.cpp's {arch}",
             remedy=f"supported are {', '.join(known)}",
         )
+
+
+def _resolve(shape: ModelShape, item: Any) -> Any:
+    """Return a supported value; ``=name`` stands for that of another setting."""
+    if isinstance(item, str) and item.startswith("="):
+        return shape.setting(item.removeprefix("="))
+    return item
 
 
 def make_rope_factors(shape: ModelShape) -> dict[str, Floats]:

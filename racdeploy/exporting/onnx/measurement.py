@@ -63,7 +63,12 @@ def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredT
 
     zeros = int(np.count_nonzero(quant.dequantize(packed_OP, I) == 0)) / (O * I)
     return MeasuredTensor(
-        tensor.name, tensor.shape, tensor.quant, zeros, size_bytes, tensor.packing
+        name=tensor.name,
+        shape=tensor.shape,
+        type=tensor.quant,
+        zeros=zeros,
+        size_bytes=size_bytes,
+        packing=tensor.packing,
     )
 
 
@@ -74,4 +79,10 @@ def _measure_other(tensor: onnx.TensorProto, path: Path) -> MeasuredTensor:
     if np.issubdtype(values.dtype, np.floating) and values.size:
         zeros = 1 - np.count_nonzero(values) / values.size
     kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-    return MeasuredTensor(tensor.name, tuple(tensor.dims), kind, zeros, count_array_bytes(tensor))
+    return MeasuredTensor(
+        name=tensor.name,
+        shape=tuple(tensor.dims),
+        type=kind,
+        zeros=zeros,
+        size_bytes=count_array_bytes(tensor),
+    )

@@ -89,7 +89,11 @@ def _split_name(family: Family, name: str) -> tuple[int, str]:
 
 
 def _largest_sizes(shape: ModelShape) -> Mapping[str, int]:
-    return {letter: max(sizes[letter] for sizes in shape.sizes) for letter in shape.sizes[0]}
+    largest: dict[str, int] = {}
+    for sizes in shape.sizes:
+        for letter, size in sizes.items():
+            largest[letter] = max(size, largest.get(letter, 0))
+    return largest
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
@@ -112,7 +116,8 @@ def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
             values = checkpoint.read_raw(name)
             padded = np.zeros(shape, values.dtype)
 
-            axes = zip(find_axis_indices(checkpoint, name), shape, strict=True)
-            indices = [np.arange(size) if kept is None else kept for kept, size in axes]
+            indices = []
+            for kept, size in zip(find_axis_indices(checkpoint, name), shape, strict=True):
+                indices.append(np.arange(size) if kept is None else kept)
             padded[np.ix_(*indices)] = values
             target.write(padded.reshape(-1).view(np.uint8).data)

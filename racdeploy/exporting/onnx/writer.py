@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import onnx
 from numpy.typing import NDArray
 
 from racdeploy import packing as packings
@@ -39,7 +38,7 @@ from racdeploy.files.partials import partial_folder
 from racdeploy.files.writing import disk_errors, file_sha256, require_space
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import write_model
-from racdeploy.packing.onnx.packer import data_name
+from racdeploy.packing.onnx.packer import BaseGraphPacker, data_name
 from racdeploy.packing.onnx.tensors import TENSORS_KEY, dump_tensors
 from racdeploy.sparse_kernels import accel_name
 
@@ -71,13 +70,16 @@ def export(
     """
     metadata = metadata or {}
     check_exporter(exporter)
-    _check_request(checkpoint, out, quant, packing, metadata)
+    _check_request(out, quant, packing, metadata)
+    _check_room(checkpoint, out, quant)
+    packings.load_onnx(packing).GraphPacker.check_size(checkpoint.parameters)
     exported = export_verified_graph(checkpoint, exporter)
     plan = plan_tensors(checkpoint, exported.graph, quant)
 
     with disk_errors(out), partial_folder(out) as scratch:
         model = connect_weights(exported.graph, [tensor.tensor for tensor in plan])
-        writer = _Writer(checkpoint, plan, packing, model, scratch / out.name)
+        packer = packings.load_onnx(packing).GraphPacker(model, scratch / out.name)
+        writer = _Writer(checkpoint, plan, packing, packer)
 
         properties = {"general.name": checkpoint.folder.resolve().name}
         if checkpoint.license:
@@ -85,7 +87,9 @@ def export(
         properties |= {key: str(value) for key, value in metadata.items()}
 
         arrays = chain(exported.graph.constants.items(), writer.encode_all(progress))
-        write_model(model, arrays, scratch, out.name, lambda: properties | writer.dump_tensors())
+        write_model(
+            model, arrays, scratch, out.name, metadata=lambda: properties | writer.dump_tensors()
+        )
 
         notes = [exported.note, *list_client_notes(checkpoint.shape), *writer.packer.after_write()]
         files = _move_in(scratch, out)
@@ -113,12 +117,10 @@ class _Writer:
         checkpoint: Checkpoint,
         plan: list[OnnxTensorPlan],
         packing: str,
-        model: onnx.ModelProto,
-        file: Path,
+        packer: BaseGraphPacker,
     ) -> None:
-        plugin = packings.load_onnx(packing)
-        self.packer = plugin.GraphPacker(model, file)
-        self._keeps_plain_file = plugin.KEEPS_PLAIN_FILE
+        self.packer = packer
+        self._keeps_plain_file = packings.load_onnx(packing).KEEPS_PLAIN_FILE
         self.tensors: list[ExportedTensor] = []
         self._checkpoint = checkpoint
         self._plan = plan
@@ -174,9 +176,7 @@ class _Writer:
         )
 
 
-def _check_request(
-    checkpoint: Checkpoint, out: Path, quant: str, packing: str, metadata: Metadata
-) -> None:
+def _check_request(out: Path, quant: str, packing: str, metadata: Metadata) -> None:
     packings.check("onnx", quant, packing)
     if out.suffix != ".onnx":
         raise UsageError(
@@ -187,6 +187,9 @@ def _check_request(
 
     check_metadata(metadata, (TENSORS_KEY,))
 
+
+def _check_room(checkpoint: Checkpoint, out: Path, quant: str) -> None:
+    """Refuse an export for which the disk has no room, or the temporary folder."""
     weights = checkpoint.parameters
     artifact_bytes = round(quants.load(quant).bits * weights / 8)
     require_space(out.parent, artifact_bytes, "choose another place with --out")
@@ -198,7 +201,6 @@ def _check_request(
         passing_bytes = 8 * count_padded_weights(checkpoint)
     scratch = Path(tempfile.gettempdir())
     require_space(scratch, passing_bytes, "move the temporary folder with TMPDIR")
-    packings.load_onnx(packing).GraphPacker.check_size(weights)
 
 
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:

@@ -197,7 +197,8 @@ def write_model(
     data = folder / data_name(name)
     with data.open("wb") as sink:
         for key, values in arrays:
-            _add(model, key, values, sink, data.name)
+            tensor = model.graph.initializer.add(name=key, dims=values.shape)
+            _store(tensor, values, sink, data.name)
         sink.flush()
         os.fsync(sink.fileno())
 
@@ -220,10 +221,8 @@ def write_model(
         os.fsync(stream.fileno())
 
 
-def _add(
-    model: onnx.ModelProto, key: str, values: NDArray[Any], sink: BinaryIO, location: str
-) -> None:
-    tensor = model.graph.initializer.add(name=key, dims=values.shape)
+def _store(tensor: onnx.TensorProto, values: NDArray[Any], sink: BinaryIO, location: str) -> None:
+    """Store values in an initializer, or those of a large one in the file beside the graph."""
     tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
 
     if values.nbytes < _MIN_EXTERNAL_BYTES:

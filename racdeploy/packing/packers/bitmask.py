@@ -18,7 +18,7 @@ from racdeploy.packing import racgguf
 from racdeploy.packing.block_layouts import BLOCK_LAYOUTS, CHUNK_WEIGHTS, Bytes
 from racdeploy.packing.buckets import TABLE_BYTES, BucketTable
 from racdeploy.packing.chunks import MIN_WORD_WEIGHTS, count_codes, pack_chunk, unpack_chunk
-from racdeploy.packing.codes import reason_against_mask
+from racdeploy.packing.masks import reason_against_mask
 from racdeploy.packing.racgguf import ByteReader, PackedTensor, StoredTensor, iter_tensor_bytes
 from racdeploy.tensors.gguf_header import GgufHeader, TensorInfo
 

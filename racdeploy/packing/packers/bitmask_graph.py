@@ -15,7 +15,12 @@ import numpy as np
 
 from racdeploy import quant as quants
 from racdeploy.errors import UsageError
-from racdeploy.packing.codes import reason_against_mask
+from racdeploy.packing.masks import (
+    count_mask_bytes,
+    pack_mask,
+    reason_against_mask,
+    unpack_mask,
+)
 from racdeploy.packing.onnx.packer import Arrays, BaseGraphPacker
 
 if TYPE_CHECKING:
@@ -102,7 +107,7 @@ class GraphPacker(BaseGraphPacker):
 
         first = np.full(1, zero, dtype=code_type).view(values.dtype)
         stored = {
-            f"{tensor.name}.mask": np.packbits(keep, bitorder="little").reshape(-1, 1),
+            f"{tensor.name}.mask": pack_mask(keep).reshape(-1, 1),
             f"{tensor.name}.values": np.concatenate([first, flat[keep]]),
         }
         return stored | scales
@@ -121,13 +126,12 @@ class GraphPacker(BaseGraphPacker):
 
         code_type, zero = _CODES[tensor.quant]
         weights = math.prod(tensor.shape)
-        if values.ndim != 1 or mask.size != -(-weights // 8):
+        if values.ndim != 1 or mask.size != count_mask_bytes(weights):
             raise ValueError(f"a mask of {mask.size} bytes where there are {weights} weights")
 
         # The first value is the zero of all weights that the mask leaves out.
         flat = np.full(weights, zero, dtype=code_type).view(values.dtype)
-        keep = np.unpackbits(mask.reshape(-1), count=weights, bitorder="little")
-        flat[keep.view(np.bool_)] = values[1:]
+        flat[unpack_mask(mask.reshape(-1), weights)] = values[1:]
 
         shape = tensor.shape
         if tensor.is_matmulnbits:

@@ -165,10 +165,9 @@ class Container:
             metadata = stream.read(self.header.key_positions[KEYS[0]] - FIXED_HEADER_BYTES)
 
         keys = len(self.header.metadata) - len(KEYS)
-        fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), keys)
-
         infos = [(t.name, t.dimensions, t.ggml_type, t.plain_bytes) for t in self.tensors]
-        return fixed + metadata + pack_tensor_infos(infos, self.header.alignment)
+        packed_infos = pack_tensor_infos(infos, self.header.alignment)
+        return pack_counts(len(infos), keys) + metadata + packed_infos
 
 
 def unpack_to_cache(path: Path) -> Path:
@@ -191,6 +190,11 @@ def unpack_to_cache(path: Path) -> Path:
         return file
     container.unpack(file)
     return file
+
+
+def pack_counts(tensors: int, keys: int) -> bytes:
+    """Return the first bytes of a GGUF file: format, version, and how many tensors and keys."""
+    return struct.pack("<4sIQQ", b"GGUF", 3, tensors, keys)
 
 
 def pack_tensor_infos(tensors: list[tuple[str, Dimensions, int, int]], alignment: int) -> bytes:
@@ -231,7 +235,14 @@ def _check(path: Path, header: GgufHeader) -> Container:
         raise ArtifactError("damaged-packing", "racgguf.tensors is not an array of u64")
 
     tensors = _read_tensors(header, recorded.tolist(), packing)
-    container = Container(path, header, packing, tensors, size_bytes, str(sha256))
+    container = Container(
+        path=path,
+        header=header,
+        packing=packing,
+        tensors=tensors,
+        size_bytes=size_bytes,
+        sha256=str(sha256),
+    )
     _check_size(container)
     return container
 
@@ -306,7 +317,13 @@ def _describe(
         )
 
     tensor = StoredTensor(
-        info.name, dimensions, ggml_type, packing, plain_bytes, info.size_bytes, info.position
+        name=info.name,
+        dimensions=dimensions,
+        ggml_type=ggml_type,
+        packing=packing,
+        plain_bytes=plain_bytes,
+        stored_bytes=info.size_bytes,
+        position=info.position,
     )
     if reason := packings.load_gguf(packing).find_damage(tensor):
         raise ArtifactError("damaged-packing", f"{info.name!r} {reason}")

@@ -86,10 +86,11 @@ def pack(
         # The header has the packed sizes, so the data is written first.
         with plain.open("rb") as source, data.open("wb") as sink:
             tensor_packer = packer(header, source)
-            rows = [
-                _store(tensor, tensor_packer, source, sink, header.alignment)
-                for tensor in header.tensors
-            ]
+            rows = []
+            for tensor in header.tensors:
+                start = align_up(sink.tell(), header.alignment)
+                sink.write(bytes(start - sink.tell()))
+                rows.append(_store(tensor, tensor_packer, source, sink))
 
         with data.open("rb") as chunks, packed.open("wb") as sink:
             sink.write(_make_header(plain, header, packing, rows))
@@ -122,13 +123,10 @@ def iter_tensor_bytes(tensor: TensorInfo, source: BinaryIO, piece_bytes: int) ->
 
 
 def _store(
-    tensor: TensorInfo, packer: TensorPacker, source: BinaryIO, sink: BinaryIO, alignment: int
+    tensor: TensorInfo, packer: TensorPacker, source: BinaryIO, sink: BinaryIO
 ) -> PackedTensor:
-    """Write one tensor at the next aligned position, packed unless a reason is against it."""
-    end = sink.tell()
-    start = align_up(end, alignment)
-    sink.write(bytes(start - end))
-
+    """Write one tensor, packed unless a reason is against it."""
+    start = sink.tell()
     reason = packer.reason_for_plain(tensor)
     if not reason:
         sink.writelines(packer.pack(tensor))
@@ -160,7 +158,6 @@ def _make_header(plain: Path, header: GgufHeader, packing: str, rows: list[Packe
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
 
     keys = len(header.metadata) + len(container.KEYS)
-    fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(rows), keys)
 
     # Metadata is copied as bytes, not rewritten, so that unpacking restores it exactly.
     with plain.open("rb") as source:
@@ -179,7 +176,11 @@ def _make_header(plain: Path, header: GgufHeader, packing: str, rows: list[Packe
     pairs = zip(container.KEYS, values, strict=True)
     metadata += b"".join(container.pack_string(key) + value for key, value in pairs)
 
-    made = fixed + metadata + container.pack_tensor_infos(infos, header.alignment)
+    made = (
+        container.pack_counts(len(rows), keys)
+        + metadata
+        + container.pack_tensor_infos(infos, header.alignment)
+    )
     return made.ljust(align_up(len(made), header.alignment), b"\0")
 
 

@@ -158,7 +158,7 @@ def build(prepared: Path, out: Path) -> Path:
     del model.graph.initializer[:]
     arrays = _cut(stored, padded_graph.parent, weights, checkpoint)
     properties = read_properties(model)
-    write_model(model, arrays, out, padded_graph.name, lambda: properties)
+    write_model(model, arrays, out, padded_graph.name, metadata=lambda: properties)
     shutil.rmtree(scratch)
     return out / padded_graph.name
 
@@ -168,4 +168,5 @@ def _run_builder(prepared: Path, out: Path) -> Path:
     options["-c"] = out / "cache"
     arguments = [*chain.from_iterable(options.items()), "--extra_options", *_OPTIONS]
     program = "onnxruntime-genai's model builder"
-    return write_graph("onnxruntime_genai.models.builder", program, prepared, out, arguments)
+    module = "onnxruntime_genai.models.builder"
+    return write_graph(module, program, prepared, out, arguments=arguments)

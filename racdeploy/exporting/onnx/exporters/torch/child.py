@@ -140,7 +140,8 @@ def _delta_rule(
     # as transformers' own l2norm
     query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
     query = query / query.shape[-1] ** 0.5
-    return _linear_attention("gated_delta", query, key, value, initial_state, g, beta)
+    heads = (query, key, value)
+    return _linear_attention("gated_delta", heads, initial_state, gates=(g, beta))
 
 
 def _state_space(
@@ -159,15 +160,25 @@ def _state_space(
     """Run Mamba 2's recurrence: linear attention with C as queries and B as keys."""
     dt = nn.functional.softplus(dt + dt_bias).clamp(*dt_limit)
     value = hidden_states * dt[..., None]
-    outputs, state = _linear_attention("gated", C, B, value, initial_states, A * dt)
+    heads = (C, B, value)
+    outputs, state = _linear_attention("gated", heads, initial_states, gates=(A * dt,))
     return outputs + D[:, None] * hidden_states, state
 
 
 def _linear_attention(
-    rule: str, query: Tensor, key: Tensor, value: Tensor, state: Tensor, *gates: Tensor
+    rule: str,
+    heads: tuple[Tensor, Tensor, Tensor],
+    state: Tensor,
+    *,
+    gates: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Write onnxruntime's operator over heads [batch, token, head, size]; return outputs, state."""
-    packed = [x.flatten(2) for x in (query, key, value)]
+    """Write onnxruntime's operator over heads; return outputs and state.
+
+    Args:
+        heads: query, key and value, each [batch, token, head, size].
+    """
+    query, _, value = heads
+    packed = [x.flatten(2) for x in heads]
     outputs, state = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
         (*packed, state, *gates),
