@@ -1,6 +1,6 @@
 """Zeros that a number format would lose, which are refused or reported before the first stage.
 
-A format declares whether it keeps zeros (``PRESERVES_ZERO``). One that does not keeps some of them
+A format declares whether it keeps zeros (``preserves_zero``). One that does not keeps some of them
 by chance, so the finished file is counted. Chosen codes keep zeros wherever a code is zero.
 """
 
