@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -183,6 +184,20 @@ class GenerationSettings(_Entry):
         return f"shorten it, or allow more: {how}"
 
 
+@dataclass(frozen=True)
+class RunTimeSettings:
+    """What is needed to ask a model: of a bundle a part of its manifest, else read from the model.
+
+    Args:
+        name: of the model in reports.
+    """
+
+    name: str
+    artifact: ArtifactEntry
+    tokenizer: TokenizerEntry
+    generation: GenerationSettings
+
+
 class Manifest(_Entry):
     """Contents of ``racdeploy.json``.
 
@@ -258,6 +273,11 @@ class Manifest(_Entry):
         """Files of each artifact and tokenizer, with their SHA-256."""
         artifacts = tuple(entry.files for entry in self.artifacts)
         return artifacts + tuple(entry.files for entry in self.tokenizers)
+
+    def run_time(self, artifact: ArtifactEntry) -> RunTimeSettings:
+        """Return what is needed to ask one of the artifacts."""
+        name = str(self.base["name"])
+        return RunTimeSettings(name, artifact, self.tokenizer, self.generation)
 
     def of_dense_model(self) -> Self:
         """Return the manifest with the dense model's tokenizer, and without thinking control."""

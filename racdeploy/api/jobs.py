@@ -226,7 +226,7 @@ def _find_models(sources: Sequence[str]) -> list[DeployedModel]:
 
     found = {source: find_model(Path(source)) for source in sources if not is_url(source)}
     for source, model in found.items():
-        if not model.files:  # a bundle
+        if model.manifest:
             check_artifact_files(Path(source), model.manifest, model.entry)
     if not found:
         raise UsageError(
@@ -257,7 +257,7 @@ def _open_examiner(
     if options.get("prompts"):
         chosen["count"] = options["prompts"]
     if chosen.get("samples", 1) > 1:
-        chosen.setdefault("temperature", models[0].manifest.generation.temperature)
+        chosen.setdefault("temperature", models[0].settings.generation.temperature)
     default = Verification.model_fields["context_tokens"].default
     chosen.setdefault("context_tokens", min(default, *(model.context_limit for model in models)))
     settings = validate(Verification, chosen, "the options")

@@ -141,11 +141,11 @@ def bench(
         UsageError: the tokens exceed the context.
     """
     model = find_model(bundle)
-    manifest, entry, is_plain = model.manifest, model.entry, bool(model.files)
-    listed = {} if is_plain else entry.files
+    entry = model.entry
+    listed = entry.files if model.manifest else {}
     states = take_states(bundle, listed)
-    if not is_plain:
-        check_artifact_files(bundle, manifest, entry)
+    if model.manifest:
+        check_artifact_files(bundle, model.manifest, entry)
     if not dense.is_file():
         raise ArtifactError(
             "no-dense-artifact",
@@ -153,7 +153,7 @@ def bench(
             remedy="give the dense artifact with --dense",
         )
 
-    context_tokens = manifest.generation.context_tokens
+    context_tokens = model.settings.generation.context_tokens
     if load.prompt_tokens + load.new_tokens > context_tokens:
         raise UsageError(
             "load-beyond-context",
@@ -168,7 +168,7 @@ def bench(
     refuse_changed(bundle, listed, states)
     # The engine reads other bytes than those of a packed file, whose size explains no speed.
     size_bytes = entry.size_bytes if entry.packing == "plain" else 0
-    roles = COMPARED_ROLES if is_plain else BUILT_ROLES
+    roles = BUILT_ROLES if model.manifest else COMPARED_ROLES
     return replace(result, pruned_bytes=size_bytes, roles=roles)
 
 

@@ -157,7 +157,7 @@ class BundleToVerify:
         }
         entry = self.model.entry.model_copy(update=known)
         model = open_bundle(self.folder, self.contents.manifest.of_dense_model())
-        return replace(model, entry=entry, path=path)
+        return replace(model, settings=replace(model.settings, artifact=entry), path=path)
 
     def check_integrity(self) -> None:
         """Raise GateError for a changed artifact: its answers would be those of another model."""

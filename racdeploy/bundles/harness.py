@@ -119,7 +119,7 @@ class HarnessRunner:
             "include": _hash_files(self.request.include),
             "arm": arm,
             "version": base_version(__version__),
-            "tokenizer": model.manifest.tokenizer.files,
+            "tokenizer": model.settings.tokenizer.files,
             **self.bundle.examiner.identify(Subject.from_deployed(model)),
         }
         stage = Stage.open(self.bundle.work, "harness", inputs)

@@ -261,7 +261,8 @@ class BundleVerification:
         artifacts, notes = [], []
         for entry in stored.manifest.artifacts[1:]:
             whose = f"the one for {entry.backend}"
-            model = replace(bundle.model, entry=entry, path=bundle.folder / entry.path)
+            settings = stored.manifest.run_time(entry)
+            model = replace(bundle.model, settings=settings, path=bundle.folder / entry.path)
             subject = replace(
                 Subject.from_deployed(model), sparsity=_measure_artifact(stored, entry).sparsity
             )

@@ -201,7 +201,7 @@ class Chat:
         if argument:
             self.max_thinking_tokens = None if argument == "off" else int(argument)
 
-        default_budget = self.conversation.model.manifest.generation.max_thinking_tokens
+        default_budget = self.conversation.model.settings.generation.max_thinking_tokens
         budget = default_budget if self.max_thinking_tokens is None else self.max_thinking_tokens
         limit = "no budget" if budget is None else f"a budget of {budget:,} tokens"
         say(f"thinking has {limit}", "dim")
@@ -212,8 +212,8 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
     with suppress(ImportError):  # a Python that was built without it
         import readline  # noqa: F401 - input() uses it once it is imported
 
-    name = model.manifest.base.get("model", "a bundle")
-    engine = model.manifest.artifacts[0].backend
+    name = model.settings.name
+    engine = model.settings.artifact.backend
     context = f"{model.context_tokens:,} tokens of context"
     say(f"{name} on {engine}, {context}", "bold")
     say("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", "dim")

@@ -76,7 +76,7 @@ class Conversation:
         # Drop the oldest turns until thinking and answer have room: the number of new tokens, but
         # at most half of the context, or a large limit would drop the whole history.
         context_tokens = self.model.context_tokens
-        new_tokens = options.get("max_new_tokens") or self.model.manifest.generation.max_new_tokens
+        new_tokens = options.get("max_new_tokens") or self.model.settings.generation.max_new_tokens
         room = min(new_tokens, context_tokens // 2)
         question = {"role": "user", "content": text}
 

@@ -1,8 +1,7 @@
 """Models that racdeploy did not build: a GGUF file, an ONNX folder or a model folder.
 
 Template, thinking tags, end-of-sequence, context and advised sampling are read from the model
-itself, and written as the manifest that a bundle would have. So everything that takes a bundle
-takes these, too.
+itself. So what asks the model of a bundle asks these, too.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from racdeploy import __version__, plugins
+from racdeploy import plugins
 from racdeploy.engines.engine import Ids
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import Json, read_json
@@ -23,6 +22,7 @@ from racdeploy.manifest import (
     ArtifactEntry,
     GenerationSettings,
     Manifest,
+    RunTimeSettings,
     TokenizerEntry,
 )
 from racdeploy.models.sources import fetch_gguf
@@ -39,41 +39,46 @@ _GRAPHS = ("model.onnx", "onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_qu
 
 @dataclass(frozen=True)
 class DeployedModel:
-    """A model and what is needed to ask it: its manifest, file, tokenizer and template.
+    """A model and what is needed to ask it: its settings, file, tokenizer and template.
 
     Args:
         path: file or folder that its engine opens.
         eos_id: end-of-sequence that the file names; None if it names none.
+        manifest: of a bundle; None for any other model.
         files: all files of the weights; empty for a bundle, whose manifest lists them.
         url: set for a model behind a server, whose texts are counted in another model's tokens.
     """
 
-    manifest: Manifest
-    entry: ArtifactEntry
+    settings: RunTimeSettings
     path: Path
     encoder: PromptEncoder
     eos_id: int | None
+    manifest: Manifest | None = None
     files: tuple[Path, ...] = ()
     url: str = ""
 
     @property
     def name(self) -> str:
-        return str(self.manifest.base["name"])
+        return self.settings.name
+
+    @property
+    def entry(self) -> ArtifactEntry:
+        """Its artifact; that of a plain model has no hashes."""
+        return self.settings.artifact
 
     def renamed(self, name: str) -> DeployedModel:
         """Return the model under another name, for a report of several."""
-        manifest = self.manifest.model_copy(update={"base": {**self.manifest.base, "name": name}})
-        return replace(self, manifest=manifest)
+        return replace(self, settings=replace(self.settings, name=name))
 
     @property
     def tags(self) -> ThinkingTags | None:
-        known = self.manifest.tokenizer
-        return encode_tags(self.encoder, known.open_tag, known.close_tag)
+        tokenizer = self.settings.tokenizer
+        return encode_tags(self.encoder, tokenizer.open_tag, tokenizer.close_tag)
 
     @property
     def context_limit(self) -> int:
         """Longest context in tokens that the model is made for."""
-        return self.manifest.generation.model_context_tokens or MAX_TOKENS
+        return self.settings.generation.model_context_tokens or MAX_TOKENS
 
     @property
     def file(self) -> Path:
@@ -130,10 +135,13 @@ def find_served(url: str, counting: DeployedModel) -> DeployedModel:
         counting: model whose tokenizer, template and tags the server's texts are read with.
     """
     entry = counting.entry.model_copy(update={"backend": "server", "quant": "", "size_bytes": 0})
-    free = counting.manifest.generation.without_control()  # controlling it is the server's task
-    known = {"base": {"name": url}, "artifacts": (entry,), "generation": free}
-    manifest = counting.manifest.model_copy(update=known)
-    return replace(counting, manifest=manifest, entry=entry, url=url)
+    settings = RunTimeSettings(
+        name=url,
+        artifact=entry,
+        tokenizer=counting.settings.tokenizer,
+        generation=counting.settings.generation.without_control(),  # it is the server's task
+    )
+    return replace(counting, settings=settings, manifest=None, url=url)
 
 
 def is_url(source: str) -> bool:
@@ -146,7 +154,8 @@ def open_bundle(folder: Path, manifest: Manifest) -> DeployedModel:
     entry = manifest.artifacts[0]
     encoder = PromptEncoder.from_folder(folder / manifest.tokenizer.folder)
     eos_id = next(iter(manifest.tokenizer.eos_ids), None)
-    return DeployedModel(manifest, entry, folder / entry.path, encoder, eos_id)
+    settings = manifest.run_time(entry)
+    return DeployedModel(settings, folder / entry.path, encoder, eos_id, manifest)
 
 
 def _open_gguf(file: Path) -> DeployedModel:
@@ -264,20 +273,16 @@ def _describe(
     temperature: object,
     top_p: object,
 ) -> DeployedModel:
-    """Return a plain model with what a bundle's manifest would say about it."""
+    """Return a plain model with the settings that it advises."""
     files = _list_weights(path, kinds["backend"])
     size_bytes = sum(file.stat().st_size for file in files)
     tags = find_tag_names(encoder) or (None, None)
     max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
     context_tokens = min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS)
 
-    manifest = Manifest(
-        racdeploy_version=__version__,
-        base={"name": name},
-        recipe={},
-        traces={},
-        pruning={},
-        artifacts=(ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),),
+    settings = RunTimeSettings(
+        name=name,
+        artifact=ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),
         tokenizer=TokenizerEntry(
             files={},
             template_sha256=encoder.template.sha256,
@@ -292,7 +297,5 @@ def _describe(
             context_tokens=context_tokens,
             model_context_tokens=max_tokens,
         ),
-        verdict="",
-        headline={},
     )
-    return DeployedModel(manifest, manifest.artifacts[0], path, encoder, eos_id, tuple(files))
+    return DeployedModel(settings, path, encoder, eos_id, files=tuple(files))

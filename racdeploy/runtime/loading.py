@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from racdeploy import engines, plugins
-from racdeploy.engines.engine import EngineSettings
+from racdeploy.engines.engine import Engine, EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.sha256_cache import has_sha256, refuse_changed, take_states
-from racdeploy.manifest import ArtifactEntry, Manifest, hash_error
+from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest, hash_error
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
 from racdeploy.runtime.deployed import find_plain
@@ -55,48 +56,61 @@ def load(
     """
     folder = Path(bundle)
     plain = find_plain(folder)
-    manifest = plain.manifest if plain else Manifest.read(folder)
-    artifact = _choose_artifact(manifest, folder, backend)
-    # Taken before the hashes are checked, so that any later change is detected.
-    listed = {} if plain else artifact.files
-    states = take_states(folder, listed)
-    if not plain:
+    listed: Mapping[str, str] = {}
+    if plain:
+        artifact = _choose_artifact((plain.entry,), folder, backend)
+        states = take_states(folder, listed)
+        run_time = plain.settings
+        file = plain.path
+    else:
+        manifest = Manifest.read(folder)
+        artifact = _choose_artifact(manifest.artifacts, folder, backend)
+        listed = artifact.files
+        # Taken before the hashes are checked, so that any later change is detected.
+        states = take_states(folder, listed)
         check_artifact_files(folder, manifest, artifact)
+        run_time = (manifest.of_dense_model() if dense else manifest).run_time(artifact)
+        file = folder / artifact.path
     if dense:
-        manifest, accel = manifest.of_dense_model(), "off"
+        file, accel = dense, "off"
 
-    context_tokens = _choose_context(manifest, context_tokens)
+    context_tokens = _choose_context(run_time.generation, context_tokens)
     settings = EngineSettings(
         context_tokens, parallel, threads, accel=accel, memory_limit_bytes=memory_limit_bytes
     )
-    file = dense or (plain.path if plain else folder / artifact.path)
     # A bundle's tokenizer is loaded while its engine is.
-    tokenizer = folder / manifest.tokenizer.folder
+    tokenizer = folder / run_time.tokenizer.folder
     encoder = plain.encoder if plain else PromptEncoder.start_loading(tokenizer)
     engine = engines.open_engine(artifact.backend, file, settings)
 
     try:
         encoder.check()
         refuse_changed(folder, listed, states)
-        if not (plain or dense) and (configuration := engine.info.get("configuration")):
-            # The one in use must be listed, with the hash that it has.
-            used = Path(configuration)
-            inside = Path(os.path.relpath(used, folder.resolve())).as_posix()
-            expected = artifact.companions.get(inside)
-            if expected is None:
-                raise _refuse_file(used)
-            if not has_sha256(used, expected):
-                raise hash_error(used, expected)
-        return Model(manifest, encoder, engine, context_tokens)
+        if not (plain or dense):
+            _check_configuration(engine, folder, artifact)
+        return Model(run_time, encoder, engine, context_tokens)
     except BaseException:
         engine.close()
         encoder.tokenizer.close()
         raise
 
 
-def _choose_context(manifest: Manifest, context_tokens: int | None) -> int:
+def _check_configuration(engine: Engine, folder: Path, artifact: ArtifactEntry) -> None:
+    """Refuse a configuration that an engine used, and that is not listed with its hash."""
+    if not (configuration := engine.info.get("configuration")):
+        return
+
+    used = Path(configuration)
+    inside = Path(os.path.relpath(used, folder.resolve())).as_posix()
+    expected = artifact.companions.get(inside)
+    if expected is None:
+        raise _refuse_file(used)
+    if not has_sha256(used, expected):
+        raise hash_error(used, expected)
+
+
+def _choose_context(generation: GenerationSettings, context_tokens: int | None) -> int:
     """Return the context length to load; raise UsageError if the model does not support it."""
-    generation = manifest.generation
     if context_tokens is None:
         return generation.context_tokens
 
@@ -172,12 +186,14 @@ def _refuse_file(file: Path) -> ArtifactError:
     )
 
 
-def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:
-    for entry in manifest.artifacts:
+def _choose_artifact(
+    artifacts: Sequence[ArtifactEntry], folder: Path, backend: str | None
+) -> ArtifactEntry:
+    for entry in artifacts:
         if backend is None or entry.backend == backend:
             return entry
 
-    offered = ", ".join(sorted({entry.backend for entry in manifest.artifacts}))
+    offered = ", ".join(sorted({entry.backend for entry in artifacts}))
     raise UsageError(
         "no-artifact-for-engine",
         f"{folder} has no artifact for {backend!r}",

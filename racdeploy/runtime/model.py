@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 from racdeploy.engines import engine as decoding
 from racdeploy.engines.sequence import check_length, measure_text
 from racdeploy.errors import UsageError
-from racdeploy.manifest import Manifest
+from racdeploy.manifest import RunTimeSettings
 from racdeploy.results.answers import ThinkingState
 from racdeploy.runtime.control import make_budget
 from racdeploy.runtime.streams import AsyncTextStream, DaemonThreadPool, TextStream
@@ -98,21 +98,21 @@ class Model(AbstractContextManager["Model"]):
 
     def __init__(
         self,
-        manifest: Manifest,
+        settings: RunTimeSettings,
         encoder: PromptEncoder,
         engine: decoding.Engine,
         context_tokens: int,
     ) -> None:
         self._pool = DaemonThreadPool(_THREADS)
-        self.manifest = manifest
+        self.settings = settings
         self.encoder = encoder
         self.engine = engine
         self.context_tokens = context_tokens
-        known = manifest.tokenizer
-        self.tags = encode_tags(encoder, known.open_tag, known.close_tag)
+        tokenizer = settings.tokenizer
+        self.tags = encode_tags(encoder, tokenizer.open_tag, tokenizer.close_tag)
 
     def __repr__(self) -> str:
-        return f"<Model {self.manifest.artifacts[0].path}, {self.context_tokens} tokens>"
+        return f"<Model {self.settings.artifact.path}, {self.context_tokens} tokens>"
 
     def generate(
         self,
@@ -255,7 +255,7 @@ class Model(AbstractContextManager["Model"]):
 
     def _check_length(self, tokens: int, subject: str = "the prompt has") -> None:
         """Refuse more tokens than leave room; the engine knows no way out."""
-        remedy = self.manifest.generation.advise_context(tokens)
+        remedy = self.settings.generation.advise_context(tokens)
         check_length(tokens, subject, self.context_tokens - 1, remedy)
 
     def is_alive(self) -> bool:
@@ -280,7 +280,7 @@ class Model(AbstractContextManager["Model"]):
     ) -> decoding.Completion:
         """Generate, and stream the text to ``on_text``, split by the tags."""
         self._check_length(len(prompt_ids))
-        eos_ids = self.manifest.tokenizer.eos_ids
+        eos_ids = self.settings.tokenizer.eos_ids
         most = sampling.budget.max_tokens if sampling.budget else None
         reader = None
         if on_text:
@@ -312,7 +312,7 @@ class Model(AbstractContextManager["Model"]):
 
         given = {name: options.pop(name, None) for name in _ADVISED}
         overrides = {name: value for name, value in given.items() if value is not None}
-        settings = self.manifest.generation.model_copy(update=overrides)
+        settings = self.settings.generation.model_copy(update=overrides)
 
         max_tokens, control = settings.max_thinking_tokens, settings.thinking
         if max_tokens is None and options.get("schema") is not None:
@@ -321,7 +321,7 @@ class Model(AbstractContextManager["Model"]):
 
         return decoding.Sampling(
             settings.max_new_tokens,
-            self.manifest.tokenizer.eos_ids,
+            self.settings.tokenizer.eos_ids,
             settings.temperature,
             settings.top_p,
             budget=budget,
@@ -331,7 +331,7 @@ class Model(AbstractContextManager["Model"]):
     def _result(
         self, prompt_ids: Sequence[int], completion: decoding.Completion
     ) -> GenerationResult:
-        eos_ids = self.manifest.tokenizer.eos_ids
+        eos_ids = self.settings.tokenizer.eos_ids
         parts = split_completion(
             prompt_ids, completion.ids, self.tags, eos_ids=eos_ids, forced_at=completion.forced_at
         )

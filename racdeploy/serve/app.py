@@ -159,7 +159,7 @@ async def _ask_chat(served: ServedModel, body: Json) -> Reply:
     request = read_chat(body)
     _check_name(request.model, served.name)
     model = served.model
-    max_new_tokens = model.manifest.generation.max_new_tokens
+    max_new_tokens = model.settings.generation.max_new_tokens
     options = request.options(max_new_tokens, thinks=model.tags is not None)
     messages = [message.to_message() for message in request.messages]
 
@@ -173,7 +173,7 @@ async def _ask_chat(served: ServedModel, body: Json) -> Reply:
 async def _ask_completion(served: ServedModel, body: Json) -> Reply:
     request = read_completion(body)
     _check_name(request.model, served.name)
-    eos_ids = served.model.manifest.tokenizer.eos_ids
+    eos_ids = served.model.settings.tokenizer.eos_ids
     if unsupported := sorted(set(request.stop_token_ids) - set(eos_ids)):
         raise RequestError(
             "unsupported-parameter",

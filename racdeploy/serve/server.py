@@ -85,7 +85,7 @@ def serve(
 
     with _bind(host, port) as address:
         model = load_model()
-        file = dense or Path(model.manifest.artifacts[0].path)
+        file = dense or Path(model.settings.artifact.path)
 
         with closing(ServedModel(model, alias or file.stem, parallel)) as served:
             name, number = address.getsockname()[:2]

@@ -129,7 +129,7 @@ class ModelComparison:
     def _compare(
         self, model: DeployedModel, reference: Reference
     ) -> tuple[Report, list[AnswerRecord]]:
-        encoder, tokenizer = model.encoder, model.manifest.tokenizer
+        encoder, tokenizer = model.encoder, model.settings.tokenizer
         # Both templates, beginning-of-sequence included.
         asked = {record.question: record.prompt_ids for record in reference.arm.records}
         prompts = [

@@ -188,7 +188,7 @@ class Examiner:
             with self.open(subject) as engine:
                 logits = record_top_logits(engine, traces, self.progress)
 
-        encoder, tokenizer = model.encoder, model.manifest.tokenizer
+        encoder, tokenizer = model.encoder, model.settings.tokenizer
         return Reference(
             name=model.name,
             tasks=tasks,

@@ -53,14 +53,14 @@ class Subject:
     @classmethod
     def from_deployed(cls, model: DeployedModel) -> Self:
         """Return a deployed model as a subject; plain files are hashed."""
-        generation = model.manifest.generation
+        generation = model.settings.generation
         return cls(
             backend=model.entry.backend,
             path=model.path,
             files=model.hash_files(),
             encoder=model.encoder,
             tags=model.tags,
-            stop_ids=model.manifest.tokenizer.eos_ids,
+            stop_ids=model.settings.tokenizer.eos_ids,
             control=generation.thinking,
             max_thinking_tokens=generation.max_thinking_tokens,
             quant=model.entry.quant,

@@ -87,7 +87,7 @@ def prompt_and_ids(bundle: Path) -> tuple[list[int], list[int]]:
     """Prompt ids, and prompt and completion together as racdeploy's engine continues it."""
     with racdeploy.load(bundle, backend="onnxruntime", threads=1) as model:
         prompt = list(model.encoder.encode(QUESTION))
-        stops = model.manifest.tokenizer.eos_ids
+        stops = model.settings.tokenizer.eos_ids
         (completion,) = model.engine.generate([prompt], Sampling(NEW_TOKENS, stops))
     assert completion.finish_reason == "stop"
     return prompt, [*prompt, *completion.ids]

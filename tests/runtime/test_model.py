@@ -120,9 +120,7 @@ def test_what_is_no_prompt_is_refused(model: Model, prompt: Any) -> None:
 
 
 def test_a_model_shows_what_it_runs(model: Model) -> None:
-    assert (
-        repr(model) == f"<Model {model.manifest.artifacts[0].path}, {model.context_tokens} tokens>"
-    )
+    assert repr(model) == f"<Model {model.settings.artifact.path}, {model.context_tokens} tokens>"
 
 
 def test_streamed_text_is_the_text(model: Model) -> None:

@@ -80,7 +80,7 @@ def _write_script(
         str(encoder.encode(problem.question)): [
             *tags.close_ids,
             *encoder.encode_text(f"The answer is {problem.gold}."),
-            *model.manifest.tokenizer.eos_ids[:1],
+            *model.settings.tokenizer.eos_ids[:1],
         ]
         for problem in problems
     }
@@ -99,11 +99,9 @@ def _write_script(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(script))
     entry = model.entry.model_copy(update={"backend": "thinker"})
-    generation = model.manifest.generation.model_copy(update={"model_context_tokens": None})
-    manifest = model.manifest.model_copy(
-        update={"artifacts": (entry,), "generation": generation, "base": {"name": file.name}}
-    )
-    return replace(model, manifest=manifest, entry=entry, path=file, files=(file,))
+    generation = model.settings.generation.model_copy(update={"model_context_tokens": None})
+    settings = replace(model.settings, name=file.name, artifact=entry, generation=generation)
+    return replace(model, settings=settings, manifest=None, path=file, files=(file,))
 
 
 if __name__ == "__main__":

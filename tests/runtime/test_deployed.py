@@ -1,0 +1,44 @@
+"""Models that racdeploy did not build are described by themselves, and by no manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy import load
+from racdeploy.runtime.deployed import DeployedModel, find_model, find_plain, find_served
+from tests.support.tiny_artifacts import CONTEXT_TOKENS, EOS_ID, make_bundle, make_gguf
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> DeployedModel:
+    model = find_plain(make_gguf(tmp_path_factory.mktemp("plain")))
+    assert model is not None
+    return model
+
+
+def test_a_plain_file_has_settings_of_its_own_and_no_manifest(plain: DeployedModel) -> None:
+    """What nobody wrote down, such as hashes and a recipe, is absent."""
+    assert plain.manifest is None
+    assert plain.name == "model.gguf"
+    assert plain.entry.backend == "llamacpp"
+    assert plain.entry.quant == "f32"
+    assert plain.settings.tokenizer.files == {}
+    assert EOS_ID in plain.settings.tokenizer.eos_ids
+    assert plain.context_limit == CONTEXT_TOKENS
+
+
+def test_a_loaded_file_has_the_same_settings(plain: DeployedModel) -> None:
+    with load(plain.path, threads=1) as model:
+        assert model.settings == plain.settings
+
+
+def test_a_model_behind_a_server_has_no_manifest(tmp_path: Path) -> None:
+    """Not even where a bundle's tokenizer counts its texts."""
+    bundle = find_model(make_bundle(tmp_path))
+    assert bundle.manifest is not None
+    served = find_served("http://localhost:1/v1", bundle)
+    assert served.manifest is None
+    assert (served.name, served.entry.backend) == ("http://localhost:1/v1", "server")
+    assert served.settings.tokenizer == bundle.settings.tokenizer
