@@ -14,7 +14,7 @@ from typing import Any
 from racdeploy import plugins
 from racdeploy.engines.engine import Ids
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import Json, read_json
+from racdeploy.files.reading import Json, artifact_errors, read_json
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import (
     MANIFEST_NAME,
@@ -274,28 +274,30 @@ def _describe(
     top_p: object,
 ) -> DeployedModel:
     """Return a plain model with the settings that it advises."""
-    files = _list_weights(path, kinds["backend"])
-    size_bytes = sum(file.stat().st_size for file in files)
+    with artifact_errors(path):  # the names of its data files are a stranger's
+        files = _list_weights(path, kinds["backend"])
+        size_bytes = sum(file.stat().st_size for file in files)
     tags = find_tag_names(encoder) or (None, None)
     max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
     context_tokens = min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS)
 
-    settings = RunTimeSettings(
-        name=name,
-        artifact=ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),
-        tokenizer=TokenizerEntry(
-            files={},
-            template_sha256=encoder.template.sha256,
-            open_tag=tags[0],
-            close_tag=tags[1],
-            eos_ids=stop_ids,
-        ),
-        generation=GenerationSettings(
-            temperature=temperature if isinstance(temperature, int | float) else 0.0,
-            top_p=top_p if isinstance(top_p, int | float) else 1.0,
-            max_new_tokens=max_tokens or MAX_TOKENS,
-            context_tokens=context_tokens,
-            model_context_tokens=max_tokens,
-        ),
-    )
+    with artifact_errors(f"the advice for sampling in {path}"):
+        settings = RunTimeSettings(
+            name=name,
+            artifact=ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),
+            tokenizer=TokenizerEntry(
+                files={},
+                template_sha256=encoder.template.sha256,
+                open_tag=tags[0],
+                close_tag=tags[1],
+                eos_ids=stop_ids,
+            ),
+            generation=GenerationSettings(
+                temperature=temperature if isinstance(temperature, int | float) else 0.0,
+                top_p=top_p if isinstance(top_p, int | float) else 1.0,
+                max_new_tokens=max_tokens or MAX_TOKENS,
+                context_tokens=context_tokens,
+                model_context_tokens=max_tokens,
+            ),
+        )
     return DeployedModel(settings, path, encoder, eos_id, files=tuple(files))

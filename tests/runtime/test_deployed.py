@@ -8,6 +8,8 @@ import pytest
 
 from racdeploy import load
 from racdeploy.runtime.deployed import DeployedModel, find_model, find_plain, find_served
+from tests.support.errors import raises
+from tests.support.spoiled_gguf import add_float
 from tests.support.tiny_artifacts import CONTEXT_TOKENS, EOS_ID, make_bundle, make_gguf
 
 
@@ -42,3 +44,14 @@ def test_a_model_behind_a_server_has_no_manifest(tmp_path: Path) -> None:
     assert served.manifest is None
     assert (served.name, served.entry.backend) == ("http://localhost:1/v1", "server")
     assert served.settings.tokenizer == bundle.settings.tokenizer
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_advice_that_no_sampler_takes_is_an_error_of_the_file(
+    temperature: float, plain: DeployedModel, tmp_path: Path
+) -> None:
+    """In one line, as any other damage."""
+    file = tmp_path / "m.gguf"
+    add_float(plain.path, file, "general.sampling.temp", temperature)
+    with raises("damaged-file", "sampling"):
+        find_plain(file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,18 @@ def spoil(fault: str, source: Path, file: Path) -> Path:
     return _FAULTS[fault](source, file)
 
 
-def rewrite(source: Path, file: Path, edit: Callable[[str, Any], Any]) -> Path:
-    """Write a file again with edited metadata values."""
+def add_float(source: Path, file: Path, key: str, value: float) -> Path:
+    """Write a copy with one more number in its metadata."""
+    return rewrite(source, file, lambda _, value: value, {key: value})
+
+
+def rewrite(
+    source: Path,
+    file: Path,
+    edit: Callable[[str, Any], Any],
+    added: Mapping[str, float] | None = None,
+) -> Path:
+    """Write a file again with edited and added metadata values."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(file, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
@@ -32,6 +42,8 @@ def rewrite(source: Path, file: Path, edit: Callable[[str, Any], Any]) -> Path:
             kind = field.types[0]
             inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, edit(key, field.contents()), kind, inner)
+    for key, value in (added or {}).items():
+        writer.add_float32(key, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
