@@ -16,7 +16,7 @@ import json
 import shutil
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +35,7 @@ from racdeploy.verification.answer_sampler import AnswerSampler
 from racdeploy.verification.checks import accuracy, backends, thinking
 from racdeploy.verification.evidence import ArmResult, Evidence, OtherArtifact
 from racdeploy.verification.gate import read_gate
-from racdeploy.verification.plan import Expectation, plan
+from racdeploy.verification.plan import Expectation, plan_power
 from racdeploy.verification.report_builder import build_report
 from racdeploy.verification.stats.distributions import Floats
 
@@ -197,10 +197,10 @@ def print_simulated(pairs: int, prompts: int, samples: int) -> None:
     """Print the shares of verdicts over equal pairs, pairs at the limits, and worse ones."""
     limits = read_gate().limits(accuracy.Limits).margin, read_gate().limits(thinking.Limits)
     margin, ratio = limits[0], limits[1].length_ratio
-    planned = plan(
+    planned = plan_power(
         Verification(samples=samples, temperature=0.6), read_gate(), Expectation(), prompts
     )
-    print(json.dumps({"planned": planned}))
+    print(json.dumps({"planned": asdict(planned)}))
     for name, lost, longer in (
         ("equal", 0.0, 1.0),
         ("accuracy at its limit", margin, 1.0),

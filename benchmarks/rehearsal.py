@@ -45,6 +45,7 @@ from tokenizers import (
 import racdeploy
 from racdeploy.files.writing import write_atomic
 from racdeploy.models.sources import resolve_model
+from racdeploy.results.plan import Plan
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tensors.safetensors import write_header
@@ -138,13 +139,15 @@ def rehearse(options: Json, out: Path, arguments: argparse.Namespace) -> None:
     work, bundle = out / "work", out / "bundle"
     keywords = options | {"work": str(work), "out": str(bundle)}
     planned = plan(keywords)
-    print(f"planned: {planned.get('seconds_expected')} s", flush=True)
+    assert planned.time
+    forecast_s = planned.time.seconds_expected
+    print(f"planned: {forecast_s} s", flush=True)
     watched = watch(keywords, out, arguments.shape)
     assert watched.finished, "the build ended with an error: see build.log"
 
     result = {
         "shape": arguments.shape,
-        "forecast_s": planned.get("seconds_expected"),
+        "forecast_s": forecast_s,
         "seconds": watched.seconds,
         "model_mb": folder_bytes(Path(options["model"])) / 1e6,
         "work_mb": folder_bytes(work) / 1e6,
@@ -194,13 +197,12 @@ def build(options: Json) -> None:
     print(json.dumps(["end", str(racdeploy.build(**options).folder), 0]), flush=True)
 
 
-def plan(keywords: Json) -> Json:
+def plan(keywords: Json) -> Plan:
     """Return the plan of ``racdeploy build --dry-run``."""
     from racdeploy.api import jobs
 
     with jobs.open_build(keywords, is_checked=False) as builder:
-        planned: Json = builder.plan(builder.check(Path(keywords["out"])))
-    return planned
+        return builder.plan(builder.check(Path(keywords["out"])))
 
 
 def watch(keywords: Json, out: Path, shape: str, kill_in: set[str] | None = None) -> Watched:

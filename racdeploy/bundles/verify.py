@@ -19,6 +19,7 @@ from racdeploy.files.reading import Json
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
 from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.plan import BundlePlan, Plan
 from racdeploy.results.pruning import TensorRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
@@ -77,7 +78,7 @@ class BundleVerification:
     def gate(self) -> Gate:
         return self.bundle.gate
 
-    def plan(self) -> Json:
+    def plan(self) -> Plan:
         """Return costs and power of this verification; raise an error for anything missing."""
         bundle, fresh = self.bundle, self._fresh
         models = [self._model]
@@ -92,13 +93,14 @@ class BundleVerification:
         pruned = ArmResult("pruned", bundle.contents.pruned)
         expected = estimate_from_arms(dense, pruned, length_budget(bundle.settings))
 
-        return {
-            "bundle": str(bundle.folder),
-            "tier": bundle.tier or "as built",
-            "dense_answers": dense_answers,
-            **bundle.examiner.plan(models, expected),
-            **({"harness": self.harness.plan(fresh)} if self.harness else {}),
-        }
+        plan = bundle.examiner.plan(models, expected)
+        verified = BundlePlan(
+            bundle=str(bundle.folder),
+            tier=bundle.tier or "as built",
+            dense_answers=dense_answers,
+            harness=self.harness.plan(fresh) if self.harness else "",
+        )
+        return replace(plan, bundle=verified)
 
     def run(self) -> tuple[Report, list[AnswerRecord]]:
         """Answer, compare and decide; return the report and all records."""

@@ -85,8 +85,10 @@ def prune(
     """Prune a model on its own traces and print the folder of the result, in safetensors."""
     _announce("prune", values, quiet)
     if dry_run:
+        from racdeploy.results.plan import Plan
+
         with jobs.open_build(values) as builder:
-            console.print_plan(builder.plan({}), json_output)
+            console.print_plan(builder.plan(Plan()), json_output)
         return
 
     pruned = console.call_with_progress(functions.prune, values, quiet)
@@ -103,8 +105,10 @@ def recover(
     """Train a pruned model to match the dense one; print the folder of the result."""
     _announce("recover", values, quiet)
     if dry_run:
+        from racdeploy.results.plan import Plan
+
         with jobs.open_build(values) as builder:
-            console.print_plan(builder.plan_recovery(), json_output)
+            console.print_plan(Plan(recovery=builder.plan_recovery()), json_output)
         return
 
     model = console.call_with_progress(functions.recover, values, quiet)

@@ -27,6 +27,7 @@ from racdeploy.files.unprintable import escape_unprintable, replace_unprintable
 
 if TYPE_CHECKING:
     from racdeploy.api.records import Verdict
+    from racdeploy.results.plan import Plan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -131,12 +132,12 @@ def print_notes(notes: Iterable[str]) -> None:
         say(note)
 
 
-def print_plan(plan: Mapping[str, object], json_output: bool, out_folder: str = "") -> None:
+def print_plan(plan: Plan, json_output: bool, out_folder: str = "") -> None:
     """Print the plan of a run."""
     from racdeploy.cli.plan import write_plan
 
     if json_output:
-        print_json(plan)
+        print_json(plan.to_json())
         return
     for line in write_plan(plan, min(out.width, _WIDEST), out_folder):
         show(line)

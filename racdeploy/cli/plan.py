@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from racdeploy.recipe import Recipe
+    from racdeploy.results.plan import Plan
 
-Plan = Mapping[str, Any]
 _INDENT = 10  # of the sentences after a heading
 _GIB = 2**30
 _WORTH_NAMING = 0.05  # of a GiB, or of the whole time
@@ -64,7 +63,7 @@ def list_groups(plan: Plan, out: str = "") -> dict[str, list[str]]:
     groups = {
         "makes": _describe_made(plan, out),
         "prunes": _describe_cut(plan),
-        "asks": [*plan.get("asks", ())],
+        "asks": list(plan.pruning.asks) if plan.pruning else [],
         "traces": _describe_traces(plan),
         "recovers": _describe_recovery(plan),
         "verifies": _describe_verification(plan),
@@ -98,38 +97,40 @@ def write_plan(plan: Plan, width: int, out: str = "") -> list[str]:
 def _describe_made(plan: Plan, out: str) -> list[str]:
     from racdeploy.report.tables import format_bytes
 
-    if "bundle" in plan:
-        return [f"a report on {plan['bundle']}, tier {plan['tier']}"]
-    if "artifact" not in plan:
+    if plan.bundle:
+        return [f"a report on {plan.bundle.bundle}, tier {plan.bundle.tier}"]
+    if not plan.artifact:
         return []
 
-    tried = []
-    if "rungs" in plan:
-        tried = [f"the narrowest that loses nothing measurable of {', '.join(plan['rungs'])}"]
-    folder = out or f"{plan['artifact']}/ (--out names another)"
-    size = format_bytes(plan["artifact_bytes"])
-    return [f"the bundle {folder}", *tried, f"with a file of about {size}"]
+    folder = out or f"{plan.artifact.artifact}/ (--out names another)"
+    lines = [f"the bundle {folder}"]
+    if plan.rungs:
+        lines.append(f"the narrowest that loses nothing measurable of {', '.join(plan.rungs)}")
+    size = format_bytes(plan.artifact.artifact_bytes)
+    lines.append(f"with a file of about {size}")
+    return lines
 
 
 def _describe_cut(plan: Plan) -> list[str]:
     lines = []
+    artifact, structure = plan.artifact, plan.structure
 
-    if "parameters" in plan:
-        thinks = "it thinks" if plan["thinks"] else "it has no thinking tags"
-        parameters = f"{plan['parameters']:,} parameters"
-        lines.append(f"{plan['model']}, {plan['architecture']} with {parameters}; {thinks}")
-    if "keeps" in plan:
-        lines.append(f"keeps {plan['keeps']}")
-    if plan.get("linears_pruned"):
-        dense = plan["linears_kept_dense"]
+    if artifact:
+        thinks = "it thinks" if artifact.thinks else "it has no thinking tags"
+        parameters = f"{artifact.parameters:,} parameters"
+        lines.append(f"{artifact.model}, {artifact.architecture} with {parameters}; {thinks}")
+    if structure and structure.keeps:
+        lines.append(f"keeps {structure.keeps}")
+    if artifact and artifact.linears_pruned:
+        dense = artifact.linears_kept_dense
         dense_note = f", {dense} stay dense" if dense else ""
-        lines.append(f"chooses zeros in {plan['linears_pruned']} linears{dense_note}")
-    if "zeros_lost" in plan:
-        lines.append(f"loses zeros: {plan['zeros_lost']}")
-    if "token_differences" in plan:
-        lines.append(f"accepts other tokens: {plan['token_differences']}")
-    if "note" in plan:
-        lines.append(plan["note"])
+        lines.append(f"chooses zeros in {artifact.linears_pruned} linears{dense_note}")
+    if artifact and artifact.zeros_lost:
+        lines.append(f"loses zeros: {artifact.zeros_lost}")
+    if artifact and artifact.token_differences:
+        lines.append(f"accepts other tokens: {artifact.token_differences}")
+    if structure and structure.note:
+        lines.append(structure.note)
 
     return lines
 
@@ -137,54 +138,56 @@ def _describe_cut(plan: Plan) -> list[str]:
 def _describe_traces(plan: Plan) -> list[str]:
     lines = []
 
-    if "trace_prompts" in plan:
-        tokens = plan["trace_tokens_at_most"]
-        lines.append(f"{plan['trace_prompts']} prompts, at most {tokens:,} tokens")
-    if plan.get("traces_from", "transformers") != "transformers":
-        lines.append(f"answered by {plan['traces_from']}")
-    if "trace_server_model" in plan:
-        lines.append(f"the server has {plan['trace_server_model']} and tokenizes as the model does")
-
-    tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most"))
-    if tokens is not None:
-        bound = "" if "prune_tokens" in plan else "at most "
-        lines.append(f"pruning is calibrated on {bound}{tokens:,} tokens")
+    if artifact := plan.artifact:
+        tokens = artifact.trace_tokens_at_most
+        lines.append(f"{artifact.trace_prompts} prompts, at most {tokens:,} tokens")
+        if artifact.traces_from != "transformers":
+            lines.append(f"answered by {artifact.traces_from}")
+    if plan.trace_server_model:
+        lines.append(f"the server has {plan.trace_server_model} and tokenizes as the model does")
+    if pruning := plan.pruning:
+        bound = "at most " if pruning.is_bound else ""
+        lines.append(f"pruning is calibrated on {bound}{pruning.prune_tokens:,} tokens")
 
     return lines
 
 
 def _describe_recovery(plan: Plan) -> list[str]:
+    recovery = plan.recovery
+    if not recovery:
+        return []
+
     lines = []
-    if answers := plan.get("shorten_answers_at_most"):
+    if answers := recovery.shorten_answers_at_most:
         lines.append(f"first learns to think less from at most {answers:,} own answers")
-    if plan.get("recover_tokens"):
-        lines.append(f"{plan['recover_tokens']:,} tokens, in phases: {plan['recover_phases']}")
+    if tokens := recovery.recover_tokens:
+        lines.append(f"{tokens:,} tokens, in phases: {recovery.recover_phases}")
     return lines
 
 
 def _describe_verification(plan: Plan) -> list[str]:
     from racdeploy.results.units import format_points
 
-    if "evaluation_prompts" not in plan:
+    power = plan.power
+    if not power:
         return []
 
-    prompts = plan["evaluation_prompts"]
-    tokens = plan.get("evaluation_tokens_at_most", plan.get("tokens_at_most"))
-    lines = [f"{prompts} prompts, at most {tokens:,} tokens"]
-    if "dense_answers" in plan:
-        lines.append(f"dense answers: {plan['dense_answers']}")
+    tokens = plan.artifact.evaluation_tokens_at_most if plan.artifact else plan.tokens_at_most
+    lines = [f"{power.evaluation_prompts} prompts, at most {tokens:,} tokens"]
+    if plan.bundle:
+        lines.append(f"dense answers: {plan.bundle.dense_answers}")
 
-    drop = format_points(plan["smallest_detectable_drop"])
+    drop = format_points(power.smallest_detectable_drop)
     lines.append(f"can show a loss of accuracy above {drop} points")
-    if plan["smallest_detectable_ratio"]:
-        longer = max(0.01, plan["smallest_detectable_ratio"] - 1)
+    if power.smallest_detectable_ratio:
+        longer = max(0.01, power.smallest_detectable_ratio - 1)
         lines.append(f"can show thinking that is more than {longer:.0%} longer")
 
-    runs = round(100 * plan["accuracy_power"])
-    margin = format_points(plan["accuracy_margin"])
+    runs = round(100 * power.accuracy_power)
+    margin = format_points(power.accuracy_margin)
     lines.append(f"margin {margin} points: a model as good as dense passes {runs} times in 100")
-    if "harness" in plan:
-        lines.append(plan["harness"])
+    if plan.bundle and plan.bundle.harness:
+        lines.append(plan.bundle.harness)
 
     return lines
 
@@ -192,7 +195,7 @@ def _describe_verification(plan: Plan) -> list[str]:
 def _describe_cost(plan: Plan) -> list[str]:
     from racdeploy.report.tables import format_bytes, format_duration
 
-    peaks = _list_peaks(plan)
+    peaks = plan.peak_memory_bytes
     parts = [
         f"{word} {peaks[stage] / _GIB:.1f} GiB"
         for stage, word in _STAGES.items()
@@ -202,13 +205,13 @@ def _describe_cost(plan: Plan) -> list[str]:
     lines = []
     if parts:
         lines.append(f"memory: {', '.join(parts)}")
-    if "disk_bytes" in plan:
-        disk = format_bytes(plan["disk_bytes"])
+    if plan.artifact:
+        disk = format_bytes(plan.artifact.disk_bytes)
         lines.append(f"disk: about {disk} in the work folder and the bundle")
-    if total_s := plan.get("seconds_expected"):
+    if plan.time and (total_s := plan.time.seconds_expected):
         parts = [
             f"{_STAGES[stage]} {format_duration(seconds)}"
-            for stage, seconds in plan["stage_seconds"].items()
+            for stage, seconds in plan.time.stage_seconds.items()
             if seconds >= _WORTH_NAMING * total_s
         ]
         lines.append(
@@ -222,29 +225,34 @@ def _advise(plan: Plan) -> list[str]:
     """Return advice on a run, first on memory that is too small."""
     from racdeploy.processes.memory import free_bytes
 
-    cuts = [*plan.get("evaluation_cuts", ()), *plan.get("trace_cuts", ())]
-    return [*list_shortages(plan, free_bytes()), *cuts, *_advise_on_prompts(plan)]
+    advice = list_shortages(plan, free_bytes())
+    if plan.artifact:
+        advice += plan.artifact.evaluation_cuts
+    if plan.pruning:
+        advice += plan.pruning.trace_cuts
+    return advice + _advise_on_prompts(plan)
 
 
 def _advise_on_prompts(plan: Plan) -> list[str]:
-    if plan.get("accuracy_power", 1.0) >= _EXPECTED_POWER:
+    power = plan.power
+    if not power or power.accuracy_power >= _EXPECTED_POWER:
         return []
 
     from racdeploy.results.units import format_points
     from racdeploy.verification.gate import Gate
     from racdeploy.verification.stats.paired import find_min_prompts
 
-    margin, confidence = plan["accuracy_margin"], Gate().confidence
-    enough = find_min_prompts(plan["discordant_share"], margin, confidence)
-    drop = format_points(plan["smallest_detectable_drop"])
+    confidence = Gate().confidence
+    enough = find_min_prompts(power.discordant_share, power.accuracy_margin, confidence)
+    drop = format_points(power.smallest_detectable_drop)
 
-    advice = f"{plan['evaluation_prompts']} prompts can only show drops above {drop} points"
+    advice = f"{power.evaluation_prompts} prompts can only show drops above {drop} points"
     if enough is None:
         return [f"{advice}: allow a wider margin in the gate"]
     return [f"{advice}: raise --prompts to {enough}"]
 
 
-def list_shortages(plan: Plan, free_bytes: int | None) -> Sequence[str]:
+def list_shortages(plan: Plan, free_bytes: int | None) -> list[str]:
     """Return a sentence for each stage that may need more memory than is free."""
     if free_bytes is None:
         return []
@@ -252,11 +260,6 @@ def list_shortages(plan: Plan, free_bytes: int | None) -> Sequence[str]:
     free = f"{free_bytes / _GIB:.1f} GiB are free"
     return [
         f"{stage} may need {peak_bytes / _GIB:.1f} GiB of memory, {free}"
-        for stage, peak_bytes in _list_peaks(plan).items()
+        for stage, peak_bytes in plan.peak_memory_bytes.items()
         if peak_bytes > free_bytes
     ]
-
-
-def _list_peaks(plan: Plan) -> dict[str, float]:
-    """Return the memory of each stage in bytes."""
-    return {key.partition("_")[0]: plan[key] for key in plan if "_memory_bytes" in key}

@@ -5,11 +5,10 @@ No other module knows the order of the stages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from racdeploy import exporting
 from racdeploy.engines import open_engine
@@ -42,6 +41,7 @@ from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.recipe import Export
+from racdeploy.results.plan import Plan, PruningPlan, RecoveryPlan, TimePlan
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.collect import summarize_traces
@@ -79,7 +79,7 @@ class Build:
         self.check(out)
         return self.write(self.make(extra_rivals), out)
 
-    def check(self, out: Path | None = None) -> Json:
+    def check(self, out: Path | None = None) -> Plan:
         """Return the plan of the stages; raise the first error that one of them would raise."""
         return check_build(self.job, out, self.work)
 
@@ -216,12 +216,12 @@ class Build:
         self.plan_recovery()
         return self._recover(model, f"{folder.name}-recovered")
 
-    def plan_recovery(self) -> Json:
-        """Return the plan of recovery, empty if it is off; raise the errors that would stop it."""
+    def plan_recovery(self) -> RecoveryPlan | None:
+        """Return the plan of recovery, None if it is off; raise the errors that would stop it."""
         job, stage = self.job, self.recover_stage
         settings = stage.settings
         if not (settings.tokens or settings.shorten):
-            return {}
+            return None
 
         longest = max(job.count_prompt_tokens("calibration")) + job.recipe.traces.max_new_tokens
         if not settings.tokens:  # the whole model learns to think less
@@ -230,7 +230,7 @@ class Build:
         plan = stage.plan(longest)
         if settings.shorten:
             answers = settings.samples * len(job.problems("calibration"))
-            plan["shorten_answers_at_most"] = (settings.rounds + 1) * answers
+            plan = replace(plan, shorten_answers_at_most=(settings.rounds + 1) * answers)
         return plan
 
     def _prune_and_recover(self) -> PrunedModel:
@@ -323,16 +323,22 @@ class Build:
 
         return rivals
 
-    def plan(self, checked: Mapping[str, Any]) -> Json:
+    def plan(self, checked: Plan) -> Plan:
         """Return the results of the checks, and the cost of the stages up to recovery."""
-        plan = {**checked, **self.plan_traces(), **self.plan_pruning()}
-        return plan | self.plan_time(plan)
+        plan = replace(
+            checked,
+            trace_server_model=self.find_trace_server_model(),
+            structure=plan_cut(self.job),
+            pruning=self.plan_pruning(),
+            recovery=self.plan_recovery(),
+        )
+        return replace(plan, time=self.plan_time(plan))
 
-    def plan_pruning(self) -> Json:
-        """Return the parameters that a cut leaves, and pruning's tokens and peak memory.
+    def plan_pruning(self) -> PruningPlan:
+        """Return pruning's tokens and peak memory.
 
         Tokens are those of the traces. If there are none yet, traces of maximum length count, and
-        so does the memory for answering; such keys end in ``_at_most``.
+        so does the memory for answering.
         """
         from racdeploy.pruning.memory_estimate import estimate_pruning_bytes, estimate_tracing_bytes
 
@@ -341,57 +347,52 @@ class Build:
 
         prompts = job.count_prompt_tokens("calibration")
         longest = [prompt + settings.traces.max_new_tokens for prompt in prompts]
-        plan = plan_cut(job)
-        if job.tasks.sources:
-            plan["asks"] = [*job.tasks.sources]
-        if truncation := job.predict_truncation("calibration"):
-            plan["trace_cuts"] = truncation
 
         # Known traces give the tokens; before that, the plan has only an upper bound of them.
         traces = self.known_traces
         if traces:
             calibration, held_out, _ = self.prune_stage.select_traces(traces)
             tokens, held_out_tokens = count_tokens(calibration), count_tokens(held_out)
-            bound = ""
         else:
             held_out_count = round(settings.calibration.held_out_share * len(longest))
             tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
-            bound = "_at_most"
 
+        tracing_bytes = None
         if not (traces or settings.traces.server):
             together = min(settings.traces.batch_size, len(prompts))
-            plan["trace_memory_bytes_at_most"] = estimate_tracing_bytes(
-                checkpoint, together, max(prompts), max(longest)
-            )
+            tracing_bytes = estimate_tracing_bytes(checkpoint, together, max(prompts), max(longest))
 
         counts = (tokens, held_out_tokens, job.rounding_quants)
         cuts = bool(settings.structure.keep)
         memory = estimate_pruning_bytes(checkpoint, settings.prune, *counts, cuts=cuts)
 
-        return plan | {
-            f"prune_tokens{bound}": tokens,
-            f"prune_memory_bytes{bound}": memory,
-            **self.plan_recovery(),
-        }
+        return PruningPlan(
+            prune_tokens=tokens,
+            prune_memory_bytes=memory,
+            is_bound=not traces,
+            asks=tuple(job.tasks.sources),
+            trace_cuts=tuple(job.predict_truncation("calibration")),
+            trace_memory_bytes_at_most=tracing_bytes,
+        )
 
-    def plan_time(self, plan: Mapping[str, Any]) -> Json:
+    def plan_time(self, plan: Plan) -> TimePlan:
         """Return an estimate of the seconds of each stage, given the rest of the plan."""
         seconds = estimate_seconds(self.job, plan, self.known_traces, self.threads)
-        return {"stage_seconds": seconds, "seconds_expected": sum(seconds.values()) or None}
+        return TimePlan(stage_seconds=seconds)
 
-    def plan_traces(self) -> Json:
-        """Return the model of the trace server; raises an error if it cannot answer.
+    def find_trace_server_model(self) -> str:
+        """Return the name of the trace server's model; raise an error if it cannot answer.
 
         Empty without a server, or if the traces were collected.
         """
         job = self.job
         settings = job.recipe.traces
         if not settings.server or self.known_traces:
-            return {}
+            return ""
 
         from racdeploy.traces.server import find_served_model
 
-        return {"trace_server_model": find_served_model(settings, job.checkpoint, job.encoder)}
+        return find_served_model(settings, job.checkpoint, job.encoder)
 
     @property
     def workspace(self) -> Workspace:

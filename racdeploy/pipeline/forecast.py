@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import shutil
 import timeit
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.processes.cores import available_cores
+from racdeploy.results.plan import Plan
 from racdeploy.traces.trace import Trace
 
 _MATRIX_WIDTH = 768  # such matrices keep every core busy and fit its cache
@@ -29,7 +29,7 @@ _SOLVE_SWEEPS = 50  # of a weight over all inputs of its row
 
 
 def estimate_seconds(
-    job: Job, plan: Mapping[str, Any], traces: Sequence[Trace], threads: int
+    job: Job, plan: Plan, traces: Sequence[Trace], threads: int
 ) -> dict[str, float]:
     """Return about how many seconds each stage of a build takes; empty if there may be a GPU.
 
@@ -66,22 +66,25 @@ def estimate_seconds(
         seconds["trace"] = answer_s(len(job.problems("calibration")), *sampling)
 
     # Of all answers to a prompt at most two are learned, twice.
-    answers = plan.get("shorten_answers_at_most", 0)
+    answers = plan.recovery.shorten_answers_at_most if plan.recovery else 0
     learned = recipe.recover.tokens + 4 * answers / recipe.recover.samples * mean_length
     seconds["recover"] = token_s * _PASSES * learned + answer_s(answers, *sampling)
 
     # Artifacts of different codes are different models; pruning does not reach the head.
-    tokens = plan.get("prune_tokens", _EXPECTED_SHARE * plan.get("prune_tokens_at_most", 0))
+    tokens = 0.0
+    if plan.pruning:
+        expected_share = _EXPECTED_SHARE if plan.pruning.is_bound else 1
+        tokens = expected_share * plan.pruning.prune_tokens
     models = {str(each.rounding_quants) for each in (job, *job.siblings)}
     head_s = 2 * shape.vocab_size * shape.hidden_size / speed
     sweeps_s = (weights_s - head_s) * _SOLVE_SWEEPS * shape.hidden_size
     seconds["prune"] = len(models) * ((token_s - head_s) * _PASSES * tokens + sweeps_s)
 
-    if "evaluation_models" in plan:
+    if plan.artifact:
         prompts = len(job.problems("evaluation")) * recipe.verify.samples
         length = min(mean_length, recipe.verify.max_new_tokens)
-        seconds["verify"] = plan["evaluation_models"] * answer_s(
-            prompts, length, recipe.verify.parallel, plan["artifact_bytes"]
+        seconds["verify"] = plan.artifact.evaluation_models * answer_s(
+            prompts, length, recipe.verify.parallel, plan.artifact.artifact_bytes
         )
 
     return seconds

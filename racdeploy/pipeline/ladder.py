@@ -15,14 +15,14 @@ from pathlib import Path
 
 from racdeploy import exporting
 from racdeploy.errors import UsageError
-from racdeploy.files.reading import Json
 from racdeploy.pipeline.artifact_sizes import SizePredictor
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.bundling import BundleContents
 from racdeploy.pipeline.divergence_stage import Divergence, measure_divergence
-from racdeploy.pipeline.preflight import check_memory, plan_build
+from racdeploy.pipeline.preflight import check_memory, plan_artifact
 from racdeploy.pipeline.rung_losses import find_losses
 from racdeploy.recipe import LadderLimits
+from racdeploy.results.plan import Plan
 from racdeploy.results.report import Report
 from racdeploy.targets import Device, Rung, Target
 
@@ -63,11 +63,11 @@ class Ladder:
         )
         return self.build.write(replace(contents, report=report), out)
 
-    def plan(self, out: Path | None = None) -> Json:
+    def plan(self, out: Path | None = None) -> Plan:
         """Return the rungs and the plan of the narrowest, which is tried first."""
         names = list(self.rungs)
         build = self.rungs[names[-1]]
-        return {"rungs": names} | build.plan(build.check(out))
+        return replace(build.plan(build.check(out)), rungs=tuple(names))
 
     @cached_property
     def rungs(self) -> dict[str, Build]:
@@ -81,7 +81,7 @@ class Ladder:
         for rung in self.build.job.recipe.rungs:
             try:
                 build = self._open(rung)
-                check_memory(build.job, plan_build(build.job))
+                check_memory(build.job, plan_artifact(build.job))
             except UsageError as error:
                 errors.append(error)
                 continue

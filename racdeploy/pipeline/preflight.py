@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from racdeploy import exporting, quant
 from racdeploy.errors import MissingExtraError, UsageError
 from racdeploy.extras import PACKAGES, is_installed
-from racdeploy.files.reading import Json
 from racdeploy.files.writing import require_space
 from racdeploy.models.tensor_coverage import (
     check_known_tensors,
@@ -26,9 +25,10 @@ from racdeploy.pipeline.structure import check_format, check_structure, expect_s
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.recipe import Traces, Verification
+from racdeploy.results.plan import ArtifactPlan, Plan
 from racdeploy.targets import Target
 from racdeploy.tasks import Split
-from racdeploy.verification.plan import Expectation, plan
+from racdeploy.verification.plan import Expectation, plan_power
 from racdeploy.verification.rivals import SAME_SIZE
 
 _NEEDS = {module: PACKAGES[module].extra for module in ("torch", "transformers", "safetensors")}
@@ -36,7 +36,7 @@ _MIN_ANSWER_TOKENS = 16
 _MIN_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
 
 
-def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> Json:
+def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> Plan:
     """Return the plan of a build; raise the first error that a later stage would raise.
 
     ``work`` is the folder of stage results, whose disk needs room.
@@ -61,25 +61,29 @@ def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> 
     _check_context(job)
     read_control(job, job.encoder)
 
-    plans = [plan_build(each) for each in jobs]
-    for each, planned in zip(jobs, plans, strict=True):
+    plans = []
+    for each in jobs:
+        planned = plan_artifact(each)
         exporting.check(each.recipe.export)
         check_zeros(each)
         check_format(each)
         _check_tensors(each)
         if tokens := check_tokens(each.checkpoint, each.recipe.export):
-            planned["token_differences"] = tokens
+            planned = replace(planned, token_differences=tokens)
         check_memory(each, planned)
+        plans.append(planned)
 
     needed_bytes = {
-        out or Path(): sum(planned["artifact_bytes"] for planned in plans),
-        work or Path(): plans[0]["disk_bytes"],
+        out or Path(): sum(planned.artifact_bytes for planned in plans),
+        work or Path(): plans[0].disk_bytes,
     }
     for folder, size_bytes in needed_bytes.items():
         parent = next(each for each in (folder, *folder.resolve().parents) if each.is_dir())
         require_space(parent, size_bytes, "name folders of another disk with --out and --work")
 
-    return plans[0]
+    prompts = len(job.problems("evaluation"))
+    power = plan_power(job.recipe.verify, job.gate, Expectation(), prompts)
+    return Plan(artifact=plans[0], power=power)
 
 
 def check_packages(job: Job) -> None:
@@ -132,8 +136,8 @@ def _check_count(job: Job, split: Split, option: str, settings: Verification | T
         )
 
 
-def plan_build(job: Job) -> Json:
-    """Return the plan of a build: models, tokens, bytes, and detectable differences."""
+def plan_artifact(job: Job) -> ArtifactPlan:
+    """Return what a build makes, and its models, tokens and bytes."""
     recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
     parameters = checkpoint.parameters
 
@@ -155,32 +159,30 @@ def plan_build(job: Job) -> Json:
     models += with_rivals * (3 if recipe.recover.shorten else 1)
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))
-    lost = find_lost_zeros(job)
 
-    return {
-        "model": recipe.model,
-        "architecture": checkpoint.family.architecture,
-        "parameters": parameters,
-        "linears_pruned": pruned,
-        "linears_kept_dense": len(prunable) - pruned,
-        "thinks": job.tags is not None,
-        "traces_from": recipe.traces.server or "transformers",
-        "trace_prompts": trace_prompts,
-        "trace_tokens_at_most": trace_prompts * recipe.traces.max_new_tokens,
-        "evaluation_models": models,
-        "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
-        **plan(settings, job.gate, Expectation(), prompts),
-        "artifact_bytes": _expect_bytes(job, expected.sizes),
+    return ArtifactPlan(
+        model=recipe.model,
+        architecture=checkpoint.family.architecture,
+        parameters=parameters,
+        linears_pruned=pruned,
+        linears_kept_dense=len(prunable) - pruned,
+        thinks=job.tags is not None,
+        traces_from=recipe.traces.server or "transformers",
+        trace_prompts=trace_prompts,
+        trace_tokens_at_most=trace_prompts * recipe.traces.max_new_tokens,
+        evaluation_models=models,
+        evaluation_tokens_at_most=models * prompts * settings.samples * settings.max_new_tokens,
+        artifact_bytes=_expect_bytes(job, expected.sizes),
         # For each target a pruned model in codes or 16 bits, the artifact and its copy in the
         # bundle; once more for the dense artifact, and for what single blocks have on the way.
-        "disk_bytes": 3 * (2 + len(job.siblings)) * sum(expected.sizes.values()),
-        "cache_bytes": token_bytes * settings.context_tokens,
+        disk_bytes=3 * (2 + len(job.siblings)) * sum(expected.sizes.values()),
+        cache_bytes=token_bytes * settings.context_tokens,
         # One checkpoint at a time, in float32 under torch.
-        "verify_memory_bytes_at_least": 4 * parameters,
-        "artifact": name_artifact(job),
-        **({"zeros_lost": lost} if lost else {}),
-        **({"evaluation_cuts": cuts} if (cuts := job.predict_truncation("evaluation")) else {}),
-    }
+        verify_memory_bytes_at_least=4 * parameters,
+        artifact=name_artifact(job),
+        zeros_lost=find_lost_zeros(job),
+        evaluation_cuts=tuple(job.predict_truncation("evaluation")),
+    )
 
 
 def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
@@ -245,10 +247,10 @@ def _check_tensors(job: Job) -> None:
         describe_importance(Importance.read(Path(settings.importance)), tensors)
 
 
-def check_memory(job: Job, planned: Mapping[str, Any]) -> None:
+def check_memory(job: Job, planned: ArtifactPlan) -> None:
     """Refuse a build whose artifact, as planned, does not fit into the target's memory."""
     target = Target.read(job.recipe.target)
-    artifact_bytes, cache_bytes = planned["artifact_bytes"], planned["cache_bytes"]
+    artifact_bytes, cache_bytes = planned.artifact_bytes, planned.cache_bytes
 
     if artifact_bytes + cache_bytes > target.memory_limit_bytes:
         raise UsageError(

@@ -21,6 +21,7 @@ from racdeploy.pipeline.workspace import Workspace, describe_code, notify
 from racdeploy.processes.cores import has_fast_bfloat16
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
+from racdeploy.results.plan import RecoveryPlan
 from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.probe import ProbeResult
@@ -146,7 +147,7 @@ class RecoverStage:
 
         return self._conclude(model, start.probe, settle(state))
 
-    def plan(self, max_trace_tokens: int) -> Json:
+    def plan(self, max_trace_tokens: int) -> RecoveryPlan:
         """Return tokens, phases and memory of recovery, for traces up to a length.
 
         Raises:
@@ -164,11 +165,11 @@ class RecoverStage:
         phases = list_phases(self.settings, methods)
         memory = max(recovery.load(method).peak_bytes(training_run) for method in methods)
 
-        return {
-            "recover_tokens": sum(phase.tokens for phase in phases),
-            "recover_phases": ", ".join(f"{phase.name} {phase.tokens:,}" for phase in phases),
-            "recover_memory_bytes_at_most": memory,
-        }
+        return RecoveryPlan(
+            recover_tokens=sum(phase.tokens for phase in phases),
+            recover_phases=", ".join(f"{phase.name} {phase.tokens:,}" for phase in phases),
+            recover_memory_bytes_at_most=memory,
+        )
 
     def _judge(self, phase: Phase, before: State, after: State, probed: State) -> State:
         """Return the state after a phase, or the one before if the phase made the model worse."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from racdeploy import exporting, plugins
 from racdeploy.errors import UsageError
-from racdeploy.files.reading import Json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
@@ -23,6 +22,7 @@ from racdeploy.pruning.structures import list_parts
 from racdeploy.pruning.walk.assemble import CutShape, list_cut_entries
 from racdeploy.recipe import Structure
 from racdeploy.report.structure import describe_remaining
+from racdeploy.results.plan import StructurePlan
 from racdeploy.results.pruning import KeptStructure, StructureRow
 
 SpreadUnits = Callable[[list[int], Sequence[UnitLayout]], list[int]]
@@ -157,16 +157,16 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> ExpectedStr
     return ExpectedStructure(kept, list_structure_rows(dense, shape), sizes)
 
 
-def plan_cut(job: Job) -> Json:
+def plan_cut(job: Job) -> StructurePlan:
     """Return the expected remaining model of a job, and notes on its inputs, for the plan."""
-    plan: Json = {"note": "; ".join(job.input_notes)} if job.input_notes else {}
+    note = "; ".join(job.input_notes)
     expected = expect_structure(job.checkpoint, job.structure)
     kept = expected.kept
     if kept is None:
-        return plan
+        return StructurePlan(note=note)
 
     about = describe_remaining(kept, expected.structure)
-    return plan | {"parameters_left": kept.parameters, "keeps": f"about {about}"}
+    return StructurePlan(note=note, parameters_left=kept.parameters, keeps=f"about {about}")
 
 
 def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> KeptStructure | None:

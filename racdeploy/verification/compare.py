@@ -11,14 +11,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from racdeploy.errors import UsageError
-from racdeploy.files.reading import Json
 from racdeploy.report.files import number_repeats
 from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.plan import ComparisonPlan, Plan
 from racdeploy.results.report import COMPARED_ROLES, Report
 from racdeploy.runtime.deployed import DeployedModel, is_url
 from racdeploy.verification.evidence import Findings, PromptProbe, StopIds
@@ -93,16 +93,14 @@ class ModelComparison:
     tasks: tuple[str, ...]
     examiner: Examiner
 
-    def plan(self) -> Json:
+    def plan(self) -> Plan:
         """Return costs and power; raise UsageError for what would fail later."""
         models = list(self.candidates)
         if isinstance(self.reference, DeployedModel):
             models.append(self.reference)
-        return {
-            "reference": self.reference.name,
-            "candidates": [model.name for model in self.candidates],
-            **self.examiner.plan(models, Expectation()),
-        }
+        names = tuple(model.name for model in self.candidates)
+        comparison = ComparisonPlan(reference=self.reference.name, candidates=names)
+        return replace(self.examiner.plan(models, Expectation()), comparison=comparison)
 
     def run(self) -> list[tuple[Report, list[AnswerRecord]]]:
         """Answer with every model; return a report and the records of each candidate."""

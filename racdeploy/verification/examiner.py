@@ -18,6 +18,7 @@ from racdeploy.engines.engine import Engine, EngineSettings, Progress
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
 from racdeploy.recipe import Verification
+from racdeploy.results.plan import Plan
 from racdeploy.runtime.deployed import DeployedModel
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_prompt_state
@@ -34,7 +35,7 @@ from racdeploy.verification.evidence import (
 )
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.measurements import encode_probes, fingerprint, probe_tokens
-from racdeploy.verification.plan import Expectation, plan
+from racdeploy.verification.plan import Expectation, plan_power
 from racdeploy.verification.reference import Reference
 from racdeploy.verification.subject import Subject
 from racdeploy.verification.top_logits import average, compare_top_logits, record_top_logits
@@ -77,7 +78,7 @@ class Examiner:
     progress: Progress | None = None
     server: ServerOptions = field(default_factory=ServerOptions)
 
-    def plan(self, models: Sequence[DeployedModel], expected: Expectation) -> Json:
+    def plan(self, models: Sequence[DeployedModel], expected: Expectation) -> Plan:
         """Return costs and power; raise UsageError for what would fail after the first answers."""
         for model in models:
             self.check_lengths(model)
@@ -91,8 +92,8 @@ class Examiner:
 
         settings, prompts = self.settings, len(self.problems)
         answers = prompts * settings.samples * len(models)
-        power = plan(settings, self.gate, expected, prompts)
-        return {"tokens_at_most": answers * settings.max_new_tokens, **power}
+        power = plan_power(settings, self.gate, expected, prompts)
+        return Plan(tokens_at_most=answers * settings.max_new_tokens, power=power)
 
     def check_lengths(self, model: DeployedModel) -> None:
         """Raise UsageError for a context beyond the model's, or questions beyond the context."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from racdeploy.files.reading import Json
 from racdeploy.recipe import Verification
+from racdeploy.results.plan import PowerPlan
 from racdeploy.verification.checks import accuracy, thinking
 from racdeploy.verification.evidence import ArmResult, is_correct, thinking_tokens
 from racdeploy.verification.gate import Gate
@@ -48,7 +48,9 @@ def estimate_from_arms(dense: ArmResult, pruned: ArmResult, budget: int) -> Expe
     return Expectation(discordant, deviation)
 
 
-def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int) -> Json:
+def plan_power(
+    settings: Verification, gate: Gate, expected: Expectation, prompts: int
+) -> PowerPlan:
     """Return the power of a verification, and the smallest losses that it can detect."""
     confidence = gate.confidence
     margin = gate.limits(accuracy.Limits).margin
@@ -63,13 +65,13 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
         smallest = lengths.smallest_detectable_ratio(prompts, deviation, confidence)
         ratio = round(smallest, 3)
 
-    return {
-        "evaluation_prompts": prompts,
-        "samples": settings.samples,
-        "discordant_share": round(discordant, 4),
-        "accuracy_margin": margin,
-        "accuracy_power": round(accuracy_power, 3),
-        "smallest_detectable_drop": round(drop, 4),
-        "length_ratio": gate.limits(thinking.Limits).length_ratio,
-        "smallest_detectable_ratio": ratio,
-    }
+    return PowerPlan(
+        evaluation_prompts=prompts,
+        samples=settings.samples,
+        discordant_share=round(discordant, 4),
+        accuracy_margin=margin,
+        accuracy_power=round(accuracy_power, 3),
+        smallest_detectable_drop=round(drop, 4),
+        length_ratio=gate.limits(thinking.Limits).length_ratio,
+        smallest_detectable_ratio=ratio,
+    )

@@ -11,27 +11,53 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy import plugins
-from racdeploy.cli import plan as plans
+from racdeploy.cli import console
 from racdeploy.cli.app import app
 from racdeploy.cli.plan import list_groups, list_shortages, write_first_line, write_plan
 from racdeploy.recipe import Recipe
+from racdeploy.results.plan import Plan, PruningPlan, RecoveryPlan
 from racdeploy.verification.stats.paired import find_min_prompts
 from tests.support.commands import environment
 from tests.support.errors import raises
 
+KEYS = {
+    *("model", "architecture", "parameters", "linears_pruned", "linears_kept_dense", "thinks"),
+    *("traces_from", "trace_prompts", "trace_tokens_at_most", "evaluation_models"),
+    *("evaluation_tokens_at_most", "evaluation_prompts", "samples", "discordant_share"),
+    *("accuracy_margin", "accuracy_power", "smallest_detectable_drop", "length_ratio"),
+    *("smallest_detectable_ratio", "artifact_bytes", "disk_bytes", "cache_bytes", "artifact"),
+    *("verify_memory_bytes_at_least", "trace_memory_bytes_at_most", "prune_tokens_at_most"),
+    *("prune_memory_bytes_at_most", "stage_seconds", "seconds_expected"),
+}
+"""Keys that scripts read from the JSON of every build's plan, before there are traces."""
 
-def _plan(work: Path, *arguments: str) -> dict[str, object]:
-    done = CliRunner().invoke(
-        app, ["build", *arguments, "--dry-run", "--json", "--work", str(work)]
-    )
+
+def _plan(monkeypatch: pytest.MonkeyPatch, work: Path, *arguments: str) -> Plan:
+    """Return the plan that a command prints; its JSON has the same values."""
+    plans: list[Plan] = []
+
+    def keep(plan: Plan, json_output: bool, out_folder: str = "") -> None:
+        plans.append(plan)
+        print_plan(plan, json_output, out_folder)
+
+    print_plan = console.print_plan
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "print_plan", keep)
+        done = CliRunner().invoke(
+            app, ["build", *arguments, "--dry-run", "--json", "--work", str(work)]
+        )
     assert done.exit_code == 0, done.output
-    found: dict[str, object] = json.loads(done.stdout)
-    return found
+    printed = json.loads(done.stdout)
+    assert printed == json.loads(json.dumps(plans[0].to_json()))
+    assert printed.keys() >= KEYS
+    return plans[0]
 
 
-def test_a_plan_says_in_words_what_is_built_and_what_can_be_shown(tmp_path: Path) -> None:
+def test_a_plan_says_in_words_what_is_built_and_what_can_be_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every group that has something to say, each line within 80 columns, no word broken."""
-    plan = _plan(tmp_path, "--sparsity", "0.5", "--prompts", "24")
+    plan = _plan(monkeypatch, tmp_path, "--sparsity", "0.5", "--prompts", "24")
     groups = list_groups(plan)
     assert list(groups) == ["makes", "prunes", "traces", "verifies", "takes", "advice"]
     assert "tiny-reasoner-3.3M-rac-50-v1.0-Q8_0/ (--out names another)" in groups["makes"][0]
@@ -50,38 +76,50 @@ def test_a_plan_says_in_words_what_is_built_and_what_can_be_shown(tmp_path: Path
     ]
 
 
-def test_zeros_that_will_be_lost_are_in_the_plan(tmp_path: Path) -> None:
+def test_zeros_that_will_be_lost_are_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not only in its JSON."""
     lossy = ("--sparsity", "0.5", "--quant", "q4_k_m", "--allow-losing-zeros")
     lossy += ("--set", 'export.rounding="nearest"')
     lost = "loses zeros: quant q4_k_m does not keep zeros: 24 of 28 linears"
-    assert any(line.startswith(lost) for line in list_groups(_plan(tmp_path, *lossy))["prunes"])
+    assert any(
+        line.startswith(lost)
+        for line in list_groups(_plan(monkeypatch, tmp_path, *lossy))["prunes"]
+    )
 
 
-def test_the_folder_that_was_asked_for_is_named(tmp_path: Path) -> None:
+def test_the_folder_that_was_asked_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In place of the default one."""
-    plan = _plan(tmp_path)
+    plan = _plan(monkeypatch, tmp_path)
     assert list_groups(plan, "mine")["makes"][0] == "the bundle mine"
 
 
-def test_enough_prompts_need_no_advice(tmp_path: Path) -> None:
+def test_enough_prompts_need_no_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that is advised is the first one that is enough."""
     assert find_min_prompts(0.1, 0.05, 0.9) == 300
     assert find_min_prompts(0.5, 0.001, 0.9) is None
-    assert "advice" not in list_groups(_plan(tmp_path, "--prompts", "300"))
+    assert "advice" not in list_groups(_plan(monkeypatch, tmp_path, "--prompts", "300"))
 
 
 def test_a_stage_without_enough_memory_is_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what it needs and what is free; nothing where the system does not say."""
-    plan = {"prune_memory_bytes_at_most": 3 << 30, "artifact_bytes": 9 << 30}
+    pruning = PruningPlan(prune_tokens=8, prune_memory_bytes=3 << 30, is_bound=True)
+    plan = Plan(pruning=pruning)
     assert list_shortages(plan, 2 << 30) == ["prune may need 3.0 GiB of memory, 2.0 GiB are free"]
     assert list_shortages(plan, None) == []
 
 
 def test_recovery_is_planned_with_its_phases() -> None:
     """Tokens, and how they are shared out."""
-    plan = {"recover_tokens": 100, "recover_phases": "all 75, own answers 1 25"}
-    assert plans.list_groups(plan)["recovers"] == [
+    recovery = RecoveryPlan(
+        recover_tokens=100,
+        recover_phases="all 75, own answers 1 25",
+        recover_memory_bytes_at_most=0,
+    )
+    assert list_groups(Plan(recovery=recovery))["recovers"] == [
         "100 tokens, in phases: all 75, own answers 1 25"
     ]
 

@@ -84,10 +84,12 @@ def test_a_plan_has_room_and_answers_for_every_target() -> None:
     """A second target has a pruned model, an artifact and its copy of its own, and is asked too."""
     options = ({"tasks": ["gcd"], "also": also} for also in ((), ("onnx",)))
     jobs = [fit_context(Job(Recipe.combine(None, each))) for each in options]
-    alone, both = map(check_build, jobs)
-    added_bytes = both["disk_bytes"] - alone["disk_bytes"]
-    assert 2 * both["artifact_bytes"] < added_bytes < alone["disk_bytes"]
-    assert both["evaluation_models"] == alone["evaluation_models"] + 1 == 3
+    alone, both = (check_build(job).artifact for job in jobs)
+    assert alone
+    assert both
+    added_bytes = both.disk_bytes - alone.disk_bytes
+    assert 2 * both.artifact_bytes < added_bytes < alone.disk_bytes
+    assert both.evaluation_models == alone.evaluation_models + 1 == 3
     assert jobs[1].siblings[0].encoder is jobs[1].encoder, "a tokenizer is a process"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import forecast
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.preflight import check_build
+from racdeploy.pipeline.preflight import check_build, plan_artifact
 from racdeploy.recipe import Recipe
+from racdeploy.results.plan import Plan, PruningPlan
 from racdeploy.traces.trace import Trace
 from tests.support.tiny_models import make_checkpoint
 
@@ -49,39 +51,45 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
     monkeypatch.setattr(forecast, "_measure_flops_per_s", lambda: 1e6)
     monkeypatch.setattr(forecast, "available_cores", lambda: 1)
     build = Build(Job(Recipe.combine(None, options)), tmp_path / "work", threads=1)
-    plan = check_build(build.job) | build.plan_pruning()
+    plan = replace(check_build(build.job), pruning=build.plan_pruning())
+    plan = replace(plan, recovery=build.plan_recovery())
     before = build.plan_time(plan)
-    assert [*before["stage_seconds"]] == ["trace", "recover", "prune", "verify"]
-    line = list_groups(plan | before)["takes"][-1]
+    assert list(before.stage_seconds) == ["trace", "recover", "prune", "verify"]
+    line = list_groups(replace(plan, time=before))["takes"][-1]
     assert line.startswith("time: roughly ")
     assert "(recovery 1 h" in line
 
     # Answers to learn from take their time, each the same.
-    once, twice = (
-        build.plan_time(plan | {"shorten_answers_at_most": answers})["seconds_expected"]
-        - before["seconds_expected"]
-        for answers in (160, 320)
-    )
-    assert 0 < once == pytest.approx(twice / 2)
+    assert plan.recovery
+    more_s = []
+    for answers in (160, 320):
+        recovery = replace(plan.recovery, shorten_answers_at_most=answers)
+        after_s = build.plan_time(replace(plan, recovery=recovery)).seconds_expected
+        more_s.append((after_s or 0) - (before.seconds_expected or 0))
+    assert 0 < more_s[0] == pytest.approx(more_s[1] / 2)
 
     # Before there are traces, they count with two thirds of their maximum length.
     known = [Trace(0, "", "", "", (), (0,) * 8)]
-    tokens = {"prune_tokens": plan["prune_tokens_at_most"] * 2 / 3}
-    after = forecast.estimate_seconds(build.job, plan | tokens, known, 1)
-    del before["stage_seconds"]["trace"]
-    assert after == pytest.approx(before["stage_seconds"])
+    assert plan.pruning
+    tokens = round(plan.pruning.prune_tokens * 2 / 3)
+    pruning = replace(plan.pruning, prune_tokens=tokens, is_bound=False)
+    after = forecast.estimate_seconds(build.job, replace(plan, pruning=pruning), known, 1)
+    expected = dict(before.stage_seconds)
+    del expected["trace"]
+    assert after == pytest.approx(expected, rel=1e-3)
 
     build.traces()
-    after = build.plan_time(plan | build.plan_pruning())["stage_seconds"]
+    after = dict(build.plan_time(replace(plan, pruning=build.plan_pruning())).stage_seconds)
     assert [*after] == ["recover", "prune", "verify"]
 
     server = {**options, "traces": {**options["traces"], "server": "http://127.0.0.1:9/v1"}}  # type: ignore[dict-item]
     asked = Build(Job(Recipe.combine(None, server)), tmp_path / "other", threads=1)
-    assert asked.plan_time(plan)["seconds_expected"] < before["seconds_expected"]
+    assert sum(asked.plan_time(plan).stage_seconds.values()) < sum(before.stage_seconds.values())
 
     monkeypatch.setattr(forecast.shutil, "which", lambda name: name)
-    assert build.plan_time(plan) == {"stage_seconds": {}, "seconds_expected": None}
-    assert not list_groups(plan | build.plan_time(plan))["takes"][-1].startswith("time")
+    unknown = build.plan_time(plan)
+    assert (unknown.stage_seconds, unknown.seconds_expected) == ({}, None)
+    assert not list_groups(replace(plan, time=unknown))["takes"][-1].startswith("time")
 
 
 def test_what_takes_longer_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +107,10 @@ def test_what_takes_longer_is_planned(tmp_path: Path, monkeypatch: pytest.Monkey
             **more,
         }
         build = Build(Job(Recipe.combine(None, options)), tmp_path / "work", threads=1)
-        known = {"prune_tokens": 8 * length, "evaluation_models": 2, "artifact_bytes": 10**6}
-        seconds: dict[str, float] = build.plan_time(known)["stage_seconds"]
-        return seconds
+        pruning = PruningPlan(prune_tokens=8 * length, prune_memory_bytes=0, is_bound=False)
+        artifact = plan_artifact(build.job)
+        artifact = replace(artifact, evaluation_models=2, artifact_bytes=10**6)
+        return dict(build.plan_time(Plan(artifact=artifact, pruning=pruning)).stage_seconds)
 
     once, twice, fourfold = plan(128), plan(256), plan(512)
     growth = [late["prune"] - early["prune"] for early, late in ((once, twice), (twice, fourfold))]

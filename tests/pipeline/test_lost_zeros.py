@@ -16,7 +16,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_folder_zeros, check_zeros, find_lost_zeros
-from racdeploy.pipeline.preflight import plan_build
+from racdeploy.pipeline.preflight import plan_artifact
 from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE, name_arrays
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report.summary import write_findings
@@ -132,10 +132,10 @@ def test_the_plan_says_what_an_allowed_build_loses() -> None:
     """Where the recipe allows it, the loss is in the plan; linears of a preset count one by one."""
     job = _asking("q4_k_m", allow_losing_zeros=True)
     check_zeros(job)
-    lost = plan_build(job)["zeros_lost"]
+    lost = plan_artifact(job).zeros_lost
     assert lost.startswith("quant q4_k_m does not keep zeros: ")
     assert "linears are stored as q4_k, with" in lost
-    assert "zeros_lost" not in plan_build(_asking("q8_0"))
+    assert plan_artifact(_asking("q8_0")).zeros_lost == ""
 
 
 def test_further_targets_keep_the_leave() -> None:

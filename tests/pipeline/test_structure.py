@@ -20,6 +20,7 @@ from racdeploy.pipeline.structure import (
 )
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Recipe, Structure
+from racdeploy.results.plan import StructurePlan
 from racdeploy.results.pruning import LinearRow
 from tests.support.cut_models import cut_checkpoint
 from tests.support.tiny_models import make_checkpoint
@@ -124,14 +125,14 @@ def test_fewer_tokens_are_planned(dense: Path) -> None:
     gone = checkpoint.shape.vocab_size - 256
     width = checkpoint.shape.hidden_size
     before = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
-    assert plan["parameters_left"] == before - rows * gone * width
-    assert "of the tokens of the vocabulary (256 of " in plan["keeps"]
+    assert plan.parameters_left == before - rows * gone * width
+    assert "of the tokens of the vocabulary (256 of " in plan.keeps
 
 
 def test_nothing_is_planned_for_a_whole_model(dense: Path) -> None:
     """The plan of a recipe without a cut is as before."""
     options = {"model": str(dense), "prune": {"sparsity": 0.5}}
-    assert plan_cut(Job(Recipe.combine(None, options))) == {}
+    assert plan_cut(Job(Recipe.combine(None, options))) == StructurePlan()
 
 
 def test_what_is_optional_fits_the_model(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_what_is_optional_fits_the_model(tmp_path: Path) -> None:
         check_structure(job)
         check_format(job)
         assert bool(job.notes) == (folder != wide)
-        assert plan_cut(job).get("note", "") == "".join(job.notes)
+        assert plan_cut(job).note == "".join(job.notes)
 
     assert (found[wide].cut_parts, found[wide].uniform) == (("ffn",), False)
     assert (found[untied].cut_parts, found[untied].uniform) == (("ffn",), True)

@@ -68,7 +68,7 @@ def test_repeated_questions_are_reported(tmp_path: Path) -> None:
     told = f"{spec} has 30 lines that repeat another question: each of 40 questions"
     assert len(load(spec).pool) == 40
     assert TaskSet.load([spec], []).notes == (f"{told} counts once",)
-    assert told in plan_cut(Job(Recipe(tasks=(spec,))))["note"]
+    assert told in plan_cut(Job(Recipe(tasks=(spec,)))).note
     assert TaskSet.load(["gcd", _write(tmp_path / "once.jsonl", _rows(40))], []).notes == ()
 
 
