@@ -86,7 +86,7 @@ def list_prunings() -> Commands:
         for criterion in ("error", "magnitude"):
             options = f"--keep {cut} --set 'structure.criterion=\"{criterion}\"'"
             yield f"structures/{cut}-{criterion}", f"prune {model} {options}"
-    fewer = "--keep vocabulary=416 --task multiplication"
+    fewer = "--keep vocabulary=416 --tasks multiplication"
     yield "structures/vocabulary", f"prune {REASONER} {fewer}"
 
     for quant in CODES:
@@ -116,7 +116,7 @@ def list_models() -> Commands:
 
     brief = "--tier smoke --prompts 2 --out OUT/bundle"
     mix = '--quant q4_k --set \'export.tensors={"ffn_down"="q6_k"}\''
-    yield "bundles/default", f"build {REASONER} --also onnx {brief}"
+    yield "bundles/default", f"build {REASONER} --more-targets onnx {brief}"
     yield "bundles/mix", f"build {REASONER} {mix} {brief}"
     for exporter in ("torch", "optimum"):
         options = f"--target onnx --quant f32 --set 'export.exporter=\"{exporter}\"'"

@@ -103,7 +103,7 @@ def main() -> None:
     if not (work / "reference" / "reference.json").is_file():
         asked = ["--prompts", arguments.prompts, "--max-new-tokens", 512]
         for task in arguments.tasks:
-            asked += ["--task", task]
+            asked += ["--tasks", task]
         run("record", work / "f16.gguf", "--out", work / "reference", *asked, threads, work)
 
     rows = []

@@ -3,7 +3,7 @@
     racdeploy export MODEL --quant q8_0 --out model.gguf
     python -m benchmarks.gsm8k_answers MODEL model.gguf gsm8k:test.jsonl --out answers.jsonl
 
-Asks as ``--task gsm8k`` does, greedily, with llama.cpp. One line per question holds its number in
+Asks as ``--tasks gsm8k`` does, greedily, with llama.cpp. One line per question holds its number in
 the file, the gold number and the answer, and nothing of GSM8K's own text. The same command resumes.
 """
 

@@ -1,4 +1,4 @@
-"""Write problems longer than any that the SmolLM2 reasoner was taught, for ``--task jsonl:FILE``.
+"""Write problems longer than any that the SmolLM2 reasoner was taught, for ``--tasks jsonl:FILE``.
 
     python -m benchmarks.harder_problems build/harder.jsonl
 

@@ -111,18 +111,18 @@ def main() -> None:
 
 
 def list_options(arguments: argparse.Namespace, model: Path, server: str) -> Json:
-    """Return the keywords of ``racdeploy.build``."""
+    """Return model, threads and settings of the build."""
     return {
         "model": str(model),
-        "also": ["onnx"],
-        "task": ["word_problem"],
-        "keep": {"ffn": 0.75},
-        "quant": "q4_k",
-        "trace_prompts": arguments.traces,
-        "trace_server": server,
-        "prompts": arguments.prompts,
         "threads": arguments.threads,
         "settings": {
+            "also": ["onnx"],
+            "tasks": ["word_problem"],
+            "structure.keep": {"ffn": 0.75},
+            "export.quant": "q4_k",
+            "traces.count": arguments.traces,
+            "traces.server": server,
+            "verify.count": arguments.prompts,
             "traces.max_new_tokens": THOUGHT_TOKENS[1] + 64,
             "traces.server_model": "tiny",
             "calibration.held_out_share": 1 / arguments.traces,
@@ -193,16 +193,31 @@ def build(options: Json) -> None:
     def report(label: str, done: int, total: int, *_: object) -> None:
         print(json.dumps([label, done, total]), flush=True)
 
-    options["progress"] = report
-    print(json.dumps(["end", str(racdeploy.build(**options).folder), 0]), flush=True)
+    recipe = racdeploy.Recipe.read(settings=options["settings"])
+    bundle = racdeploy.build(
+        options["model"],
+        recipe=recipe,
+        out=options["out"],
+        work=options["work"],
+        threads=options["threads"],
+        progress=report,
+    )
+    print(json.dumps(["end", str(bundle.folder), 0]), flush=True)
 
 
 def plan(keywords: Json) -> Plan:
     """Return the plan of ``racdeploy build --dry-run``."""
-    from racdeploy.api import jobs
+    from racdeploy.api.builds import plan_build
+    from racdeploy.api.options import BuildOptions
 
-    with jobs.open_build(keywords, is_checked=False) as builder:
-        return builder.plan(builder.check(Path(keywords["out"])))
+    options = BuildOptions(
+        model=keywords["model"],
+        settings=keywords["settings"],
+        out=Path(keywords["out"]),
+        work=Path(keywords["work"]),
+        threads=keywords["threads"],
+    )
+    return plan_build(options)
 
 
 def watch(keywords: Json, out: Path, shape: str, kill_in: set[str] | None = None) -> Watched:

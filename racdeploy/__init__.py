@@ -14,9 +14,11 @@ from racdeploy.errors import RacdeployError
 
 if TYPE_CHECKING:
     from racdeploy.api.functions import (
+        bench,
         build,
         compare,
         export,
+        inspect,
         prune,
         record,
         recover,
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
         verify,
     )
     from racdeploy.api.records import Bundle, ExportedFile, PrunedFolder, TunedBundle, Verdict
+    from racdeploy.bundles.bench import BenchResult
+    from racdeploy.bundles.inspect import Inspection
+    from racdeploy.recipe import Recipe
     from racdeploy.runtime import (
         AsyncTextStream,
         Conversation,
@@ -33,27 +38,34 @@ if TYPE_CHECKING:
         TextStream,
         load,
     )
+    from racdeploy.verification.gate import Gate
 
     __version__: str
 
 __all__ = [
     "AsyncTextStream",
+    "BenchResult",
     "Bundle",
     "Conversation",
     "ExportedFile",
+    "Gate",
     "GenerationResult",
+    "Inspection",
     "Model",
     "PrunedFolder",
     "RacdeployError",
+    "Recipe",
     "TextChunk",
     "TextStream",
     "TunedBundle",
     "Verdict",
     "__version__",
+    "bench",
     "build",
     "compare",
     "errors",
     "export",
+    "inspect",
     "load",
     "prune",
     "record",
@@ -63,7 +75,14 @@ __all__ = [
 ]
 
 _NOT_INSTALLED = "0+unknown"  # run from a folder that nobody installed
-_HOMES = ("racdeploy.runtime", "racdeploy.api.functions", "racdeploy.api.records")
+_HOMES = {
+    "BenchResult": "racdeploy.bundles.bench",
+    "Gate": "racdeploy.verification.gate",
+    "Inspection": "racdeploy.bundles.inspect",
+    "Recipe": "racdeploy.recipe",
+}
+"""Modules of the names that are in none of ``_SEARCHED``."""
+_SEARCHED = ("racdeploy.runtime", "racdeploy.api.functions", "racdeploy.api.records")
 
 
 def __getattr__(name: str) -> Any:
@@ -71,8 +90,10 @@ def __getattr__(name: str) -> Any:
         from racdeploy.extras import installed_version
 
         value: Any = installed_version("racdeploy") or _NOT_INSTALLED
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name in __all__:
-        homes = map(importlib.import_module, _HOMES)
+        homes = map(importlib.import_module, _SEARCHED)
         value = next(getattr(home, name) for home in homes if hasattr(home, name))
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,7 @@ from pydantic import (
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import check_version
-from racdeploy.files.toml import Settings, TomlTable, merge, read_toml, validate
+from racdeploy.files.toml import Settings, TomlTable, merge, nest, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
 from racdeploy.plugins import Names
 from racdeploy.results.answers import HESITATION_WORDS
@@ -37,6 +37,7 @@ from racdeploy.targets import Rung, Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
 """Recipe that ``racdeploy init`` writes: every key, the seldom used ones as comments."""
+_INIT_COMMAND = "racdeploy init"
 _METHOD_DEFAULTS = {"magnitude": {"target": "linear_output", "refit_steps": 0}}
 """Defaults that a method changes: magnitude pruning moves no weight that it keeps."""
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
@@ -98,17 +99,17 @@ class _Section(BaseModel):
 class Traces(_Section):
     """Collection of the model's own chains of thought."""
 
-    count: int = Field(256, ge=1, le=_MAX_PROMPTS)
+    count: int = Field(default=256, ge=1, le=_MAX_PROMPTS)
     temperature: FiniteNonNegative = 0.6
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(1024, ge=1, le=MAX_TOKENS)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     batch_size: BatchSize = 64  # one shard on disk each
     seed: NonNegativeInt = 0
     server: str = ""
     server_model: str = ""
     server_key_env: str = ""
     server_concurrency: BatchSize = 16
-    server_timeout_s: float = Field(1800.0, gt=0, le=_MAX_SECONDS)
+    server_timeout_s: float = Field(default=1800.0, gt=0, le=_MAX_SECONDS)
 
     # Not a field validator: its message would quote the address, which may contain a key.
     @model_validator(mode="after")
@@ -145,7 +146,7 @@ class Traces(_Section):
 
         Args:
             trace_options: ``traces`` settings from the command line.
-            allowed: host that the user permits with ``--allow-key-to``.
+            allowed: host that the user permits with ``--key-host``.
         """
         is_typed = trace_options.get("server_key_env") and trace_options.get("server")
         host = urllib.parse.urlsplit(self.server).hostname or ""
@@ -155,7 +156,7 @@ class Traces(_Section):
         raise UsageError(
             "key-not-allowed",
             f"the recipe file sends the environment variable {self.server_key_env} to {host}",
-            remedy=f"if you want that: --allow-key-to {host}",
+            remedy=f"if you want that: --key-host {host}",
         )
 
 
@@ -166,19 +167,19 @@ class Calibration(_Section):
     max_tokens: NonNegativeInt = 0
     only_correct: bool = False
     keep_truncated: bool = False
-    held_out_share: float = Field(0.125, ge=0, le=0.5)
+    held_out_share: float = Field(default=0.125, ge=0, le=0.5)
 
 
 class Pruning(_Section):
     """Choice of the zeros and update of the weights that are kept."""
 
     method: str = "sparsegpt"
-    sparsity: float = Field(0.5, ge=0, lt=1)
+    sparsity: float = Field(default=0.5, ge=0, lt=1)
     pattern: str = "unstructured"
     allocation: str = "uniform"
     target: Literal["dense_output", "linear_output"] = "dense_output"
     refit_steps: NonNegativeInt = 20
-    damping: float = Field(0.01, gt=0, le=1)
+    damping: float = Field(default=0.01, gt=0, le=1)
     # 60 % zeros, embedded model: held-out error 0.0245 at 16 columns, 0.0314 at 128.
     column_block: PositiveCount = 16
     compute: Literal["float32", "bfloat16"] = "float32"
@@ -324,7 +325,7 @@ class Recovery(_Section):
     methods: tuple[RecoverMethod, ...] = ()
     on_policy: Share = 0.25
     rounds: PositiveCount = 2
-    max_accuracy_drop: float = Field(0.01, ge=0, lt=1)
+    max_accuracy_drop: float = Field(default=0.01, ge=0, lt=1)
     learning_rate: NonNegativeFloat = 0.0
     batch_tokens: PositiveCount = 2048
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -371,7 +372,7 @@ class Export(_Section):
     rounding: Literal["nearest", "optimized"] | None = None
     pre_tokenizer: str | None = None
     accept_token_differences: float = Field(
-        0.0, ge=0, le=MAX_TOKEN_DIFFERENCES, allow_inf_nan=False
+        default=0.0, ge=0, le=MAX_TOKEN_DIFFERENCES, allow_inf_nan=False
     )
     exporter: str = "auto"
     tensors: dict[Regex, str] = {}
@@ -401,15 +402,15 @@ class Export(_Section):
 class Verification(_Section):
     """Comparison of the artifact with the dense model."""
 
-    count: int = Field(200, ge=1, le=_MAX_PROMPTS)
-    samples: int = Field(1, ge=1, le=_MAX_SAMPLES)
-    max_new_tokens: int = Field(1024, ge=1, le=MAX_TOKENS)
-    max_thinking_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
+    count: int = Field(default=200, ge=1, le=_MAX_PROMPTS)
+    samples: int = Field(default=1, ge=1, le=_MAX_SAMPLES)
+    max_new_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
+    max_thinking_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     temperature: FiniteNonNegative = 0.0
-    logit_traces: int = Field(16, ge=0, le=_MAX_PROMPTS)
+    logit_traces: int = Field(default=16, ge=0, le=_MAX_PROMPTS)
     controls: Names = ()
     parallel: BatchSize = 16
-    context_tokens: int = Field(2048, ge=16, le=MAX_TOKENS)
+    context_tokens: int = Field(default=2048, ge=16, le=MAX_TOKENS)
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -427,7 +428,7 @@ class Thinking(_Section):
     ``closing`` also applies to a budget that an app or user sets later.
     """
 
-    max_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
+    max_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     closing: str = ""
     hesitation: Names = HESITATION_WORDS
     hesitation_penalty: FiniteNonNegative = 0.0
@@ -457,13 +458,13 @@ class Tune(_Section):
     max_memory_bytes: NonNegativeInt = 0
     min_tokens_per_s: FiniteNonNegative = 0.0
     min_accuracy_ratio: Share = 0.0
-    budget_s: float = Field(3600.0, gt=0, le=_MAX_SECONDS)
+    budget_s: float = Field(default=3600.0, gt=0, le=_MAX_SECONDS)
     quants: Names = ()
     ffn: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
     zeros: tuple[SparsityOrPattern, ...] = ()
     vocabulary: tuple[int, ...] = ()
     recover_tokens: NonNegativeInt = 0
-    prompts: int = Field(256, ge=16, le=_MAX_PROMPTS)
+    prompts: int = Field(default=256, ge=16, le=_MAX_PROMPTS)
     seed: NonNegativeInt = 1
 
     @field_validator("ffn", "zeros")
@@ -545,25 +546,43 @@ class Recipe(_Section):
         return self
 
     @classmethod
-    def combine(cls, file: Path | None, options: Settings) -> Self:
-        """Merge target, recipe file and nested options into a validated recipe.
+    def read(cls, file: Path | str | None = None, settings: Settings | None = None) -> Self:
+        """Return the recipe of a TOML file, with settings by key, as ``prune.sparsity``.
 
-        Options override the file; options that are None are ignored.
+        What neither sets is decided by the target of a build.
+
+        Raises:
+            UsageError: the file does not exist, or a key or value is invalid.
+        """
+        written = read_toml(Path(file)) if file else {}
+        check_version(cls, written, Path(file) if file else None)
+        values = merge(written, nest(settings or {}))
+        return validate(cls, values, str(file or "the recipe"), _INIT_COMMAND)
+
+    @classmethod
+    def combine(cls, source: Recipe | Path | None, options: Settings) -> Self:
+        """Merge target, recipe or its file, and nested options into a validated recipe.
+
+        Options override the recipe; options that are None are ignored.
 
         Raises:
             UsageError: a key or value is invalid, or exceeds a limit of the target.
             UnknownPluginError: a plugin or target does not exist.
         """
-        written = read_toml(file) if file else {}
-        check_version(cls, written, file)
+        if isinstance(source, Path):
+            where, written = str(source), read_toml(source)
+            check_version(cls, written, source)
+        elif source:
+            where, written = "the recipe", source.model_dump(exclude_unset=True)
+        else:
+            where, written = "the command line", {}
         requested = merge(written, _without_none(options))
 
         name = requested.get("target", cls.model_fields["target"].default)
         target = Target.read(str(name))
 
         merged = merge(target.propose(requested), requested)
-        where = str(file) if file else "the command line"
-        recipe = validate(cls, merged, where, "racdeploy init")
+        recipe = validate(cls, merged, where, _INIT_COMMAND)
 
         for each in (recipe, *map(recipe.for_target, recipe.also)):
             each._check_plugins()

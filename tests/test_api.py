@@ -13,7 +13,10 @@ import typer
 
 import racdeploy
 from racdeploy.api import functions
+from racdeploy.api.builds import read_recipe
+from racdeploy.api.options import BuildOptions
 from racdeploy.cli.app import app
+from racdeploy.verification.gate import read_gate
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
@@ -51,6 +54,7 @@ quants = ["q8_0"]
 ffn = []
 zeros = [0.5]
 prompts = 16
+budget_s = 600
 """
 STEPS = ("build", "export", "prune", "recover", "tune", "verify")
 PYTHON_ONLY = {"tokenizer", "progress", "on_event"}
@@ -102,6 +106,14 @@ def test_the_examples_make_what_they_say(names: dict[str, Any], folder: Path) ->
     assert isinstance(names["tuned"], racdeploy.TunedBundle)
     assert names["verdict"].accuracy == bundle.accuracy
     assert names["verdict"].records
+    assert names["verdict"].name == bundle.name == bundle.report.model
+    reference = bundle.report.find_arm("dense")
+    assert (bundle.reference_accuracy, bundle.reference_size_bytes) == (
+        reference.accuracy,
+        reference.size_bytes,
+    )
+    assert names["contents"].summary["size_bytes"] == bundle.size_bytes
+    assert set(names["speed"].medians()[0]) == set(names["speed"].ratios())
 
 
 def test_a_model_in_memory_is_its_folder(
@@ -125,9 +137,13 @@ def test_a_model_in_memory_is_its_folder(
 def test_nothing_is_printed(names: dict[str, Any], folder: Path, capfd: Any) -> None:
     """What is worth a word comes back in the record, or is logged."""
     work = folder / "work"
-    racdeploy.prune(folder / "my-model", sparsity=0.3, trace_prompts=8, work=work, settings={
-        "traces.max_new_tokens": 8, "calibration.keep_truncated": True,
-    })  # fmt: skip
+    settings = {
+        "prune.sparsity": 0.3,
+        "traces": {"count": 8, "max_new_tokens": 8},
+        "calibration.keep_truncated": True,
+    }
+    recipe = racdeploy.Recipe.read(settings=settings)
+    racdeploy.prune(folder / "my-model", recipe=recipe, work=work)
     assert capfd.readouterr() == ("", "")
 
 
@@ -136,8 +152,8 @@ def test_progress_is_reported(folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     racdeploy.prune(
         folder / "my-model",
-        recipe=folder / "recipe.toml",
-        settings={"tasks": ["gcd"], "traces": {"count": 9}},
+        recipe=racdeploy.Recipe.read(folder / "recipe.toml", {"traces.count": 9}),
+        tasks=["gcd"],
         work=folder / "work",
         progress=lambda label, done, total, tokens=0: seen.append((label, done, total)),
     )
@@ -157,6 +173,41 @@ def test_a_command_takes_the_functions_options(step: str) -> None:
     assert inspect.signature(getattr(racdeploy, step)) == inspect.signature(function)
 
 
+def test_the_rest_of_a_build_is_in_its_recipe() -> None:
+    """A model must be named, and there are few keywords beside it."""
+    for function in (racdeploy.build, racdeploy.prune, racdeploy.recover, racdeploy.tune):
+        model, *others = inspect.signature(function).parameters.values()
+        keywords = [each for each in others if each.kind is inspect.Parameter.KEYWORD_ONLY]
+        assert model.default is inspect.Parameter.empty
+        assert len(keywords) <= 12
+    pruned = inspect.signature(racdeploy.recover).parameters["pruned"]
+    assert pruned.default is inspect.Parameter.empty
+
+
+def test_a_recipe_in_memory_is_its_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What neither sets is the target's; keys that are changed win, and a gate is its file too."""
+    monkeypatch.chdir(folder)
+    file = BuildOptions(recipe=Path("recipe.toml"), settings={"prune": {"sparsity": 0.4}})
+    recipe = racdeploy.Recipe.read("recipe.toml", {"prune.sparsity": 0.4})
+    assert read_recipe(BuildOptions(recipe=recipe)) == read_recipe(file)
+    assert read_recipe(BuildOptions(recipe=racdeploy.Recipe())) == read_recipe(BuildOptions())
+
+    (folder / "gate.toml").write_text("[accuracy]\nmargin = 0.1\n", encoding="utf-8")
+    gate = racdeploy.Gate.read(settings={"accuracy.margin": 0.1})
+    by_file, by_gate = (
+        read_recipe(BuildOptions(gate=each)) for each in (folder / "gate.toml", gate)
+    )
+    assert by_gate == by_file
+    assert by_gate.gate == {"accuracy": {"margin": 0.1}}
+    assert read_gate(gate).required_checks == {"accuracy"}
+
+    with raises("invalid-settings", "did you mean 'sparsity'"):
+        racdeploy.Recipe.read(settings={"prune.sparsty": 0.4})
+    with raises("key-not-allowed", "--key-host example.org"):
+        server = {"server": "http://example.org/v1", "server_key_env": "KEY"}
+        read_recipe(BuildOptions(recipe=racdeploy.Recipe.read(settings={"traces": server})))
+
+
 def test_an_unknown_keyword_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="sparsty"):
-        racdeploy.prune(sparsty=0.5)  # type: ignore[call-arg]
+        racdeploy.prune("my-model", sparsty=0.5)  # type: ignore[call-arg]

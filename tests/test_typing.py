@@ -51,14 +51,19 @@ async def ask(model: racdeploy.Model, questions: list[str]) -> list[str]:
 
 MAKE = """
 import racdeploy
+from racdeploy.recipe import Pruning, Structure
 
 
 def make(model: str) -> bool:
-    bundle = racdeploy.build(model, sparsity=0.5, keep={"ffn": 0.75}, task=["gcd"], out="bundle")
+    recipe = racdeploy.Recipe(prune=Pruning(sparsity=0.5), structure=Structure(keep={"ffn": 0.75}))
+    gate = racdeploy.Gate.read("gate.toml", {"accuracy.margin": 0.1})
+    bundle = racdeploy.build(model, recipe=recipe, tasks=["gcd"], gate=gate, out="bundle")
     reveal_type(bundle)
-    reveal_type(racdeploy.prune(model, pattern="2:4").recovery)
+    reveal_type(racdeploy.prune(model, recipe=racdeploy.Recipe.read("recipe.toml")).recovery)
     reveal_type(racdeploy.export(bundle.folder).size_bytes)
-    reveal_type(racdeploy.tune(model, budget=600).tuning.winner)
+    reveal_type(racdeploy.tune(model, recipe="tune.toml").tuning.winner)
+    reveal_type(racdeploy.inspect(bundle.folder).tensors[0].zeros)
+    reveal_type(racdeploy.bench(bundle.folder, rounds=3).medians())
     verdict = racdeploy.verify(bundle.folder, tier="smoke", accel="off")
     return verdict.verdict == "pass" and verdict.accuracy > 0.5
 """
@@ -68,7 +73,7 @@ PROGRAMS = {"use": PROGRAM, "serve": APP, "make": MAKE}
 MISUSES = {
     "use": (("threads=2", "threads='two'"), ("result.answer,", "result.answer_text,")),
     "serve": (("seed=3", "sead=3"),),
-    "make": (("sparsity=0.5", "sparsty=0.5"), ("budget=600", "budget='2h'")),
+    "make": (("sparsity=0.5", "sparsty=0.5"), ("rounds=3", "rounds='3'")),
 }
 
 
@@ -118,6 +123,8 @@ def test_mypy_knows_the_types_of_users_programs(tmp_path: Path) -> None:
             "tuple[racdeploy.results.pruning.RecoveryRow, ...]",
             "int",
             "str",
+            "float | None",
+            "tuple[typing.Mapping[str, float], typing.Mapping[str, float]]",
         ],
     }
 

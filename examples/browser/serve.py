@@ -1,7 +1,7 @@
 """Serve the page, a bundle and the npm packages on this machine only.
 
     npm install --ignore-scripts --prefix build/browser @huggingface/transformers@4 @wllama/wllama@3
-    racdeploy build tiny-reasoner --target browser --also gguf --out build/browser-bundle
+    racdeploy build tiny-reasoner --target browser --more-targets gguf --out build/browser-bundle
     python examples/browser/serve.py build/browser-bundle
 
 Two headers isolate the page from other sites, which is what browsers ask for before WebAssembly may

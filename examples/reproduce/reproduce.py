@@ -100,8 +100,8 @@ def list_options(cell: str, model: str, task: str, arguments: argparse.Namespace
     prompts = arguments.prompts or PROMPTS[arguments.task]
     return [
         model,
-        *("--task", task, "--trace-prompts", str(TRACE_PROMPTS), "--prompts", str(prompts)),
-        *("--also", "onnx", "--work", str(arguments.out / "work")),
+        *("--tasks", task, "--trace-prompts", str(TRACE_PROMPTS), "--prompts", str(prompts)),
+        *("--more-targets", "onnx", "--work", str(arguments.out / "work")),
         *("--out", str(bundle_of(cell, arguments))),
         *CELLS[cell],
     ]

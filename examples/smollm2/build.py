@@ -35,20 +35,23 @@ def main() -> None:
     if not (folder / "tokenizer_config.json").is_file():
         import_gguf(packaged_gguf(), folder)
     questions = write_questions(arguments.work / "sums.jsonl", 6 * arguments.prompts)
-    bundle = racdeploy.build(
-        folder,
-        task=[f"jsonl:{questions}"],
-        sparsity=0.5,
-        trace_prompts=2 * arguments.prompts,
-        prompts=arguments.prompts,
+    recipe = racdeploy.Recipe.read(
         settings={
+            "prune.sparsity": 0.5,
+            "traces.count": 2 * arguments.prompts,
             "traces.max_new_tokens": 96,
             "traces.batch_size": 32,
             "calibration.keep_truncated": True,
+            "verify.count": arguments.prompts,
             "verify.max_new_tokens": 96,
             "verify.context_tokens": 512,
             "verify.logit_traces": 8,
-        },
+        }
+    )
+    bundle = racdeploy.build(
+        folder,
+        recipe=recipe,
+        tasks=[f"jsonl:{questions}"],
         work=arguments.work,
         out=arguments.out,
     )

@@ -90,8 +90,8 @@ def test_inspecting_counts_the_weights_beside_a_graph(sparse: Checkpoint, tmp_pa
     """A graph's size is of both its files, and not of the second graph."""
     made = export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_op")
     second = sum((tmp_path / name).stat().st_size for name in ("m.accel.onnx", "m.accel.onnx_data"))
-    assert inspect_path(tmp_path / "m.accel.onnx")["summary"]["size_bytes"] == second
-    assert inspect_path(tmp_path / "m.onnx")["summary"]["size_bytes"] == made.size_bytes
+    assert inspect_path(tmp_path / "m.accel.onnx").summary["size_bytes"] == second
+    assert inspect_path(tmp_path / "m.onnx").summary["size_bytes"] == made.size_bytes
 
 
 def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:

@@ -1,57 +1,52 @@
-"""Functions of the library: ``build`` and its steps, ``tune``, ``verify`` and ``compare``.
+"""Functions of the library: ``build`` and its steps, ``tune``, ``verify``, ``compare`` and others.
 
-Keywords have the names of the command line's options, and the docstrings here are their help.
-The functions print nothing. They import torch only when they need it.
+The functions print nothing. They import torch only when they need it. What a keyword and an option
+of the command line share is explained here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from racdeploy.api import jobs
-from racdeploy.api.jobs import ModelSource, Saveable, StrPath
+from racdeploy.api import builds, verifications
+from racdeploy.api.builds import ModelSource, OnEvent, Saveable, StrPath, save_model
+from racdeploy.api.options import (
+    BuildOptions,
+    CompareOptions,
+    ExportOptions,
+    PruneOptions,
+    RecordOptions,
+    RecoverOptions,
+    TuneOptions,
+    VerifyOptions,
+)
 from racdeploy.api.records import Bundle, ExportedFile, PrunedFolder, TunedBundle, Verdict
-from racdeploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from racdeploy.bundles.bench import BenchResult
+    from racdeploy.bundles.inspect import Inspection
     from racdeploy.engines.engine import Progress
-    from racdeploy.results.report import Report
-    from racdeploy.results.tuning import Candidate
+    from racdeploy.recipe import Recipe
     from racdeploy.sparse_kernels import AccelMode
+    from racdeploy.verification.gate import Gate
+
+S = TypeVar("S", "Recipe", "Gate")
 
 
 def build(
-    model: ModelSource | None = None,
+    model: ModelSource,
     *,
-    tokenizer: Saveable | None = None,
+    recipe: Recipe | StrPath | None = None,
     target: str | None = None,
-    also: Sequence[str] = (),
-    recipe: StrPath | None = None,
-    settings: Mapping[str, Any] | None = None,
-    task: Sequence[str] = (),
-    calibration_task: Sequence[str] = (),
-    calibration: str | None = None,
-    trace_prompts: int | None = None,
-    trace_server: str | None = None,
-    allow_key_to: str = "",
-    keep: Mapping[str, float] | None = None,
-    vocabulary_text: Sequence[str] = (),
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    method: str | None = None,
-    quant: str | None = None,
-    packing: str | None = None,
-    allow_losing_zeros: bool = False,
-    accept_token_differences: float | None = None,
-    recover_tokens: int | None = None,
-    shorten: bool = False,
+    more_targets: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    gate: Gate | StrPath | None = None,
     tier: str = "",
-    prompts: int | None = None,
-    gate: StrPath | None = None,
-    controls: bool = False,
+    tokenizer: Saveable | None = None,
+    key_host: str = "",
     out: StrPath | None = None,
     work: StrPath | None = None,
     threads: int = 0,
@@ -60,36 +55,16 @@ def build(
     """Prune, export, verify and bundle a model: the main job.
 
     Args:
-        model: Local folder, Hub id, or tiny-reasoner, the default; or a transformers model in
-            memory, which is saved into the work folder.
-        tokenizer: Tokenizer of a model in memory.
+        model: Local folder, Hub id, or tiny-reasoner, the embedded model; or a transformers model
+            in memory, which is saved into the work folder.
+        recipe: All other settings: a recipe, or its TOML file. The keywords override it.
         target: Where it will run; default: gguf. List: racdeploy targets.
-        also: More targets, for other engines.
-        recipe: TOML recipe; racdeploy init writes one.
-        settings: Values of the recipe by key, as ``{"prune.refit_steps": 40}``; they override the
-            other options.
-        task: Tasks to verify on: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
-        calibration_task: Tasks for the traces; default: the tasks to verify on.
-        calibration: Part of the traces to prune on: rac (prompt and thinking; default) or prompt.
-        trace_prompts: Number of calibration prompts; default: 256.
-        trace_server: OpenAI-compatible API that generates the traces, http://HOST:PORT/v1.
-        allow_key_to: Host that may receive the API key named by a recipe file; see docs/tasks.md.
-        keep: Share of each part that is kept, as ``{"ffn": 0.75}``; default: the target's.
-        vocabulary_text: Texts whose tokens a cut vocabulary keeps.
-        sparsity: Fraction of zeros, 0 to 1; default: 0, or 0.5 if other options need zeros.
-        pattern: N:M, with N weights kept of M; or unstructured, the default.
-        method: Pruning method; default: sparsegpt.
-        quant: Number format of the linears; default: q8_0, or the target's.
-        packing: Storage of the zeros; default: plain, stored like other weights.
-        allow_losing_zeros: Continue even if the number format does not preserve the zeros.
-        accept_token_differences: Share of hard strings that llama.cpp may tokenize differently;
-            default: 0.
-        recover_tokens: Tokens of the training that recovers accuracy; 0 is off.
-        shorten: First let the model learn to think less; see docs/thinking.md.
-        tier: Extent of the verification: smoke, standard or release.
-        prompts: Number of evaluation prompts, in place of the tier's; default: 200.
+        more_targets: More targets, for other engines.
+        tasks: Tasks to verify on: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
         gate: TOML file with limits; see docs/ci.md.
-        controls: Evaluate dense models of about the artifact's size too.
+        tier: Extent of the verification: smoke, standard or release.
+        tokenizer: Tokenizer of a model in memory.
+        key_host: Host that may receive the API key named by a recipe file; see docs/tasks.md.
         out: Folder to write; default: the artifact's name.
         work: Folder of stage results; default: user cache.
         threads: CPU threads; 0 uses every core.
@@ -100,33 +75,30 @@ def build(
         GateError: an exported file computes something different from its model.
         EnvironmentFailure: an extra, disk space, memory or a device is missing.
     """
-    with jobs.open_build(locals(), is_checked=False) as builder:
-        from racdeploy.pipeline.strategy import choose_strategy
-
-        folder, report = choose_strategy(builder).run(jobs.as_path(out))
-        return Bundle.from_report(report, builder.job.gate, folder=folder)
+    options = BuildOptions(
+        model=save_model(model, tokenizer, _as_path(work)),
+        recipe=_as_file(recipe),
+        target=target,
+        more_targets=_as_names(more_targets),
+        tasks=_as_names(tasks),
+        gate=_as_file(gate),
+        tier=tier,
+        key_host=key_host,
+        out=_as_path(out),
+        work=_as_path(work),
+        threads=threads,
+    )
+    return builds.build(options, progress)
 
 
 def prune(
-    model: ModelSource | None = None,
+    model: ModelSource,
     *,
-    tokenizer: Saveable | None = None,
+    recipe: Recipe | StrPath | None = None,
     target: str | None = None,
-    recipe: StrPath | None = None,
-    settings: Mapping[str, Any] | None = None,
-    task: Sequence[str] = (),
-    calibration_task: Sequence[str] = (),
-    calibration: str | None = None,
-    trace_prompts: int | None = None,
-    trace_server: str | None = None,
-    allow_key_to: str = "",
-    keep: Mapping[str, float] | None = None,
-    vocabulary_text: Sequence[str] = (),
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    method: str | None = None,
-    recover_tokens: int | None = None,
-    shorten: bool = False,
+    tasks: Sequence[str] = (),
+    tokenizer: Saveable | None = None,
+    key_host: str = "",
     work: StrPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,
@@ -135,64 +107,61 @@ def prune(
 
     Options and errors are those of :func:`build`.
     """
-    from racdeploy.pipeline.structure import measure_kept
-    from racdeploy.report.structure import describe_remaining
-
-    with jobs.open_build(locals()) as builder:
-        pruned = builder.prune()
-        kept = measure_kept(builder.job.checkpoint, pruned.checkpoint)
-
-    remaining = describe_remaining(kept, pruned.structure)
-    notes = (*([f"kept: {remaining}"] if remaining else []), *pruned.notes)
-    return PrunedFolder(pruned.folder, pruned.sparsity, notes, pruned.recovery)
+    options = PruneOptions(
+        model=save_model(model, tokenizer, _as_path(work)),
+        recipe=_as_file(recipe),
+        target=target,
+        tasks=_as_names(tasks),
+        key_host=key_host,
+        work=_as_path(work),
+        threads=threads,
+    )
+    return builds.prune(options, progress)
 
 
 def recover(
-    model: ModelSource | None = None,
-    pruned: StrPath | None = None,
+    model: ModelSource,
+    pruned: StrPath,
     *,
-    tokenizer: Saveable | None = None,
+    recipe: Recipe | StrPath | None = None,
     target: str | None = None,
-    recipe: StrPath | None = None,
-    settings: Mapping[str, Any] | None = None,
-    task: Sequence[str] = (),
-    calibration_task: Sequence[str] = (),
-    trace_prompts: int | None = None,
-    trace_server: str | None = None,
-    allow_key_to: str = "",
-    recover_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    tokenizer: Saveable | None = None,
+    key_host: str = "",
     work: StrPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> PrunedFolder:
     """Train a pruned model to match the dense one; the result is a new folder.
 
-    Options and errors are those of :func:`build`.
+    Options and errors are those of :func:`build`; ``recover.tokens`` of the recipe says how long it
+    is trained.
 
     Args:
         pruned: Folder of the pruned model.
     """
-    if pruned is None:
-        raise UsageError(
-            "no-pruned-model",
-            "the folder of the pruned model is missing; the dense model comes first",
-            remedy="racdeploy recover MODEL PRUNED --recover-tokens 1000000",
-        )
-
-    with jobs.open_build(locals()) as builder:
-        recovered = builder.recover(Path(pruned))
-    return PrunedFolder(recovered.folder, recovered.sparsity, recovered.notes, recovered.recovery)
+    options = RecoverOptions(
+        model=save_model(model, tokenizer, _as_path(work)),
+        pruned=Path(pruned),
+        recipe=_as_file(recipe),
+        target=target,
+        tasks=_as_names(tasks),
+        key_host=key_host,
+        work=_as_path(work),
+        threads=threads,
+    )
+    return builds.recover(options, progress)
 
 
 def export(
     model: ModelSource,
     *,
-    tokenizer: Saveable | None = None,
     target: str | None = None,
     quant: str | None = None,
     packing: str | None = None,
     allow_losing_zeros: bool = False,
     accept_token_differences: float | None = None,
+    tokenizer: Saveable | None = None,
     out: StrPath | None = None,
     work: StrPath | None = None,
 ) -> ExportedFile:
@@ -201,88 +170,70 @@ def export(
     Options and errors are those of :func:`build`.
 
     Args:
+        quant: Number format of the linears; default: q8_0, or the target's.
+        packing: Storage of the zeros; default: plain, stored like other weights.
+        allow_losing_zeros: Continue even if the number format does not preserve the zeros.
+        accept_token_differences: Share of hard strings that llama.cpp may tokenize differently;
+            default: 0.
         out: File to write; default: MODEL-QUANT here.
+        work: Folder that a model in memory is saved into; default: user cache.
     """
-    from racdeploy import exporting
-    from racdeploy.models.checkpoint import Checkpoint
-    from racdeploy.models.sources import resolve_model
-    from racdeploy.pipeline.lost_zeros import check_folder_zeros
-    from racdeploy.pipeline.naming import default_export_path
-    from racdeploy.pipeline.token_differences import check_tokens
-
-    recipe = jobs.read_recipe(locals())
-    resolved, chosen = resolve_model(recipe.model), recipe.export
-    checkpoint = Checkpoint(resolved.folder)
-    check_folder_zeros(checkpoint, chosen)
-    tokens = check_tokens(checkpoint, chosen)
-
-    file = jobs.as_path(out) or default_export_path(resolved.name, chosen)
-    replaced = jobs.note_replaced(file)
-    result = exporting.write(checkpoint, file, chosen)
-
-    notes = [*replaced, *checkpoint.notes, tokens, *result.notes]
-    kept = tuple(note for note in notes if note)
-    return ExportedFile(result.path, result.size_bytes, dict(result.files), kept)
+    options = ExportOptions(
+        model=save_model(model, tokenizer, _as_path(work)),
+        target=target,
+        quant=quant,
+        packing=packing,
+        allow_losing_zeros=allow_losing_zeros,
+        accept_token_differences=accept_token_differences,
+        out=_as_path(out),
+        work=_as_path(work),
+    )
+    return builds.export(options)
 
 
 def tune(
-    model: ModelSource | None = None,
+    model: ModelSource,
     *,
-    tokenizer: Saveable | None = None,
+    recipe: Recipe | StrPath | None = None,
     target: str | None = None,
-    recipe: StrPath | None = None,
-    settings: Mapping[str, Any] | None = None,
-    task: Sequence[str] = (),
-    calibration_task: Sequence[str] = (),
-    trace_prompts: int | None = None,
-    trace_server: str | None = None,
-    allow_key_to: str = "",
-    objective: str | None = None,
-    max_bytes: int | None = None,
-    max_memory: int | None = None,
-    min_tokens_per_s: float | None = None,
-    min_accuracy_ratio: float | None = None,
-    budget: float | None = None,
-    recover_tokens: int | None = None,
+    tasks: Sequence[str] = (),
     tier: str = "",
-    prompts: int | None = None,
+    tokenizer: Saveable | None = None,
+    key_host: str = "",
     out: StrPath | None = None,
     work: StrPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,
-    on_event: Callable[[list[str] | Candidate], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> TunedBundle:
     """Search for the best dense or pruned model for a device, build it and verify it.
 
-    Options and errors are those of :func:`build`, except:
+    Options and errors are those of :func:`build`; what is best, the limits and the time are in the
+    recipe's ``tune``.
 
     Args:
-        objective: accuracy, the default, size, speed or seconds-per-correct-answer.
-        max_bytes: Maximum file size, in bytes.
-        max_memory: Maximum memory, in bytes; default: the target's.
-        min_tokens_per_s: Minimum speed on the target.
-        min_accuracy_ratio: Minimum share of the dense model's accuracy.
-        budget: Maximum time of the search, in seconds.
-        recover_tokens: Tokens of the training of pruned candidates; 0 is off.
         on_event: Called with the plan's sentences, then with each candidate that finishes a step.
     """
-    from racdeploy.tuning.plan import describe_plan
-    from racdeploy.tuning.winner import tune as search_and_build
-
-    with jobs.open_search(locals()) as search:
-        if on_event:
-            on_event(describe_plan(search))
-            search.on_candidate = on_event
-        folder, report, tuning = search_and_build(search, jobs.as_path(out))
-        return TunedBundle.from_report(report, search.job.gate, folder=folder, tuning=tuning)
+    options = TuneOptions(
+        model=save_model(model, tokenizer, _as_path(work)),
+        recipe=_as_file(recipe),
+        target=target,
+        tasks=_as_names(tasks),
+        tier=tier,
+        key_host=key_host,
+        out=_as_path(out),
+        work=_as_path(work),
+        threads=threads,
+    )
+    return builds.tune(options, progress, on_event)
 
 
 def verify(
     bundle: StrPath,
     *,
     tier: str = "",
-    task: Sequence[str] = (),
-    gate: StrPath | None = None,
+    tasks: Sequence[str] = (),
+    gate: Gate | StrPath | None = None,
     baseline: StrPath | None = None,
     server: str = "",
     server_model: str = "",
@@ -308,7 +259,7 @@ def verify(
     Args:
         bundle: Bundle folder.
         tier: Extent of the verification: smoke, standard or release.
-        task: Tasks of the bundle's recipe that may read files or the Hub, for more prompts.
+        tasks: Tasks of the bundle's recipe that may read files or the Hub, for more prompts.
         gate: TOML file with limits; see docs/ci.md.
         baseline: Dense artifact to rerun, or another bundle of the same dense model.
         server: OpenAI-compatible API to verify instead of the artifact, http://HOST:PORT/v1.
@@ -335,18 +286,38 @@ def verify(
         ArtifactError: the bundle is damaged, or its signature does not match.
         EngineError: the engine cannot run the artifact.
     """
-    options = locals()
-    verification, notes = jobs.open_verification(options)
-    report, records = verification.run()
-    jobs.check_signature(options)  # the files that were verified are still those that were signed
-    return Verdict.from_report(report, verification.gate, notes=notes, records=records)
+    options = VerifyOptions(
+        bundle=Path(bundle),
+        tier=tier,
+        tasks=_as_names(tasks),
+        gate=_as_file(gate),
+        baseline=_as_path(baseline),
+        server=server,
+        server_model=server_model,
+        server_key_env=server_key_env,
+        server_api=server_api,
+        server_timeout=server_timeout,
+        harness=harness,
+        harness_tasks=_as_names(harness_tasks),
+        harness_limit=harness_limit,
+        harness_include=_as_path(harness_include),
+        harness_python=_as_path(harness_python),
+        signature=_as_path(signature),
+        public_key=_as_path(public_key),
+        identity=identity,
+        issuer=issuer,
+        work=_as_path(work),
+        accel=accel,
+        threads=threads,
+    )
+    return verifications.verify(options, progress)
 
 
 def compare(
     candidates: Sequence[StrPath],
     *,
     against: StrPath,
-    task: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     prompts: int | None = None,
     samples: int | None = None,
     temperature: float | None = None,
@@ -359,20 +330,20 @@ def compare(
     flash_attention: bool = False,
     server_key_env: str = "",
     tier: str = "",
-    gate: StrPath | None = None,
+    gate: Gate | StrPath | None = None,
     work: StrPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Verdict, ...]:
     """Ask any models the same questions and compare each with a reference, best first.
 
-    ``report.model`` names each; what its record calls dense is the reference.
+    Each verdict has the name of its candidate; what its record calls dense is the reference.
 
     Args:
         candidates: GGUF files, ONNX files or folders, bundles, model folders of transformers, or
             servers as http://HOST:PORT/v1#MODEL.
         against: Model to compare with, or the folder of a recorded one.
-        task: Tasks to ask: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
+        tasks: Tasks to ask: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
         prompts: Number of questions; default: 200, or the tier's.
         samples: Answers to each question; more than one needs a temperature.
         temperature: 0 is greedy, the default; for several samples the reference's own.
@@ -390,26 +361,34 @@ def compare(
         ArtifactError: a file is no model, or lacks tokenizer or template.
         EngineError: an engine cannot run one.
     """
-    comparison = jobs.open_comparison(locals())
-    verdicts = [
-        Verdict.from_report(report, comparison.examiner.gate, records=records)
-        for report, records in comparison.run()
-    ]
-    order = ("pass", "inconclusive", "fail")
-    return tuple(sorted(verdicts, key=lambda each: (order.index(each.verdict), _rank(each.report))))
-
-
-def _rank(report: Report) -> float:
-    """Return the candidate's seconds for each right answer; infinity if they are unknown."""
-    arm = report.find_arm("pruned")
-    return arm.seconds_per_right or math.inf if arm else math.inf
+    options = CompareOptions(
+        candidates=tuple(str(candidate) for candidate in candidates),
+        against=str(against),
+        tasks=_as_names(tasks),
+        prompts=prompts,
+        samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        max_thinking_tokens=max_thinking_tokens,
+        context_tokens=context_tokens,
+        parallel=parallel,
+        seed=seed,
+        cache_type=cache_type,
+        flash_attention=flash_attention,
+        server_key_env=server_key_env,
+        tier=tier,
+        gate=_as_file(gate),
+        work=_as_path(work),
+        threads=threads,
+    )
+    return verifications.compare(options, progress)
 
 
 def record(
     model: StrPath,
     *,
     out: StrPath,
-    task: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     prompts: int | None = None,
     samples: int | None = None,
     temperature: float | None = None,
@@ -433,8 +412,93 @@ def record(
         model: GGUF file, ONNX file or folder, bundle, or model folder of transformers.
         out: Folder to write.
     """
-    examiner, found, tasks = jobs.open_recording(locals())
-    examiner.check_lengths(found)
-    examiner.record(found, tasks).write(Path(out))
-    examiner.forget()
-    return Path(out)
+    options = RecordOptions(
+        model=Path(model),
+        out=Path(out),
+        tasks=_as_names(tasks),
+        prompts=prompts,
+        samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        max_thinking_tokens=max_thinking_tokens,
+        context_tokens=context_tokens,
+        parallel=parallel,
+        seed=seed,
+        cache_type=cache_type,
+        flash_attention=flash_attention,
+        work=_as_path(work),
+        threads=threads,
+    )
+    return verifications.record(options, progress)
+
+
+def inspect(path: StrPath) -> Inspection:
+    """Return types, sizes, zeros and hashes of a file, model folder or bundle, and its tensors.
+
+    Raises:
+        ArtifactError: the path does not exist, or its kind is unknown.
+    """
+    from racdeploy.bundles.inspect import inspect_path
+
+    return inspect_path(Path(path))
+
+
+def bench(
+    bundle: StrPath,
+    *,
+    dense: StrPath | None = None,
+    rounds: int = 5,
+    prompt_tokens: int = 256,
+    new_tokens: int = 128,
+    parallel: int = 1,
+    accel: AccelMode = "auto",
+    work: StrPath | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Compare speed and memory of an artifact with the dense one, in alternating runs.
+
+    Args:
+        bundle: Bundle folder, or a model file.
+        dense: Dense artifact; default: the build's, in the work folder.
+        rounds: Runs of each artifact, alternating.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens to decode.
+        parallel: Sequences decoded together.
+
+    Raises:
+        ArtifactError: the dense file is missing, or the bundle is damaged.
+        UsageError: the tokens exceed the context.
+    """
+    from racdeploy.bundles import bench as benchmark
+    from racdeploy.files.caches import default_work_folder
+
+    artifact = _as_path(dense) or benchmark.find_dense_artifact(
+        Path(bundle), _as_path(work) or default_work_folder()
+    )
+    settings = benchmark.BenchSettings(
+        rounds=rounds,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        parallel=parallel,
+        threads=threads,
+        accel=accel,
+    )
+    return benchmark.bench(Path(bundle), artifact, settings, progress)
+
+
+def _as_path(path: StrPath | None) -> Path | None:
+    """Return the path of a string or path; None if it is empty."""
+    return Path(path) if path else None
+
+
+def _as_file(source: S | StrPath | None) -> S | Path | None:
+    """Return the path of a file that is named; a record is returned as it is."""
+    if isinstance(source, str | os.PathLike):
+        return _as_path(source)
+    return source
+
+
+def _as_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names as a tuple; a single text is one name."""
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -22,23 +22,25 @@ class Verdict:
     """Decision of a verification: does the pruned model still reason?
 
     Args:
+        name: the model that was verified; of a comparison, the candidate.
         verdict: ``pass``, ``fail`` or ``inconclusive``, by the checks of the gate.
         exit_code: the command line's for this verdict: 0, 1 or 3.
         accuracy: share of the prompts that the pruned model answers correctly.
-        dense_accuracy: the same share for the dense model.
+        reference_accuracy: the same share for the model that it is compared with, the dense one.
         size_bytes: size of the pruned artifact; None if a server answered.
-        dense_size_bytes: size of the dense artifact.
+        reference_size_bytes: size of that model's artifact.
         notes: remarks that are not in the report.
         report: all checks and figures, as in ``report.json``.
         records: every answer, as in ``records.jsonl``.
     """
 
+    name: str
     verdict: Literal["pass", "fail", "inconclusive"]
     exit_code: int
     accuracy: float
-    dense_accuracy: float
+    reference_accuracy: float
     size_bytes: int | None
-    dense_size_bytes: int | None
+    reference_size_bytes: int | None
     notes: tuple[str, ...] = ()
     report: Report = field(repr=False)
     records: Sequence[AnswerRecord] = field(default=(), repr=False)
@@ -51,12 +53,13 @@ class Verdict:
         assert dense
 
         return cls(
+            name=report.model,
             verdict=report.verdict,
             exit_code=exit_code_of(report.verdict, gate.inconclusive),
             accuracy=pruned.accuracy,
-            dense_accuracy=dense.accuracy,
+            reference_accuracy=dense.accuracy,
             size_bytes=pruned.size_bytes,
-            dense_size_bytes=dense.size_bytes,
+            reference_size_bytes=dense.size_bytes,
             report=report,
             **fields,
         )

@@ -38,7 +38,7 @@ class BundleToVerify:
     """
 
     folder: Path
-    gate_file: Path | None
+    gate_file: Gate | Path | None
     tier: str
     tasks: Sequence[str] = ()
     work: Path = Path()
@@ -103,7 +103,7 @@ class BundleToVerify:
                 "tasks-not-named",
                 f"{self.settings.count} prompts are asked for, the bundle has {len(recorded)}, and "
                 f"its recipe would draw more from {unnamed:.200}",
-                remedy=f"add --task with each of these if you trust it; or use {smaller}",
+                remedy=f"add --tasks with each of these if you trust it; or use {smaller}",
             )
 
         tasks = TaskSet.load(recipe.tasks, recipe.calibration_tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from racdeploy import exporting, plugins
 from racdeploy.errors import ArtifactError
+from racdeploy.exporting import MeasuredTensor
 from racdeploy.files.reading import Json
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import MANIFEST_NAME, Manifest
@@ -35,8 +37,35 @@ _SHOWN_ENDS = (".context_length", ".block_count")
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
-def inspect_path(path: Path) -> Json:
-    """Return a dict with ``summary`` and ``tensors`` of a file or folder.
+@dataclass(frozen=True)
+class Inspection:
+    """Contents of an exported file, a model folder or a bundle.
+
+    Args:
+        summary: figures of the whole by their names, as ``parameters`` or ``sha256``.
+        tensors: one row for each tensor.
+    """
+
+    summary: Mapping[str, object]
+    tensors: tuple[MeasuredTensor, ...] = field(repr=False)
+
+    def to_json(self) -> Json:
+        """Return summary and rows as JSON values."""
+        rows = [
+            {**vars(row), "shape": list(row.shape), "bits": bits_per_weight(row)}
+            for row in self.tensors
+        ]
+        return {"summary": dict(self.summary), "tensors": rows}
+
+
+def bits_per_weight(tensor: MeasuredTensor) -> float:
+    """Return the stored bits of a tensor for each weight; 0 if it is empty."""
+    count = math.prod(tensor.shape)
+    return 8 * tensor.size_bytes / count if count else 0.0
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Return the contents of a file or folder.
 
     Raises:
         ArtifactError: the path does not exist, or its kind is unknown.
@@ -63,7 +92,7 @@ def inspect_path(path: Path) -> Json:
     )
 
 
-def _inspect_file(path: Path) -> Json:
+def _inspect_file(path: Path) -> Inspection:
     metadata: Mapping[str, Any] = {}
     if form := exporting.find_format(path):
         metadata, tensors = exporting.load(form).measure(path)
@@ -81,18 +110,18 @@ def _inspect_file(path: Path) -> Json:
     return _add_totals(summary | shown | _describe_widths(tensors, metadata), tensors)
 
 
-def _measure(entries: Mapping[str, TensorEntry]) -> list[exporting.MeasuredTensor]:
+def _measure(entries: Mapping[str, TensorEntry]) -> list[MeasuredTensor]:
     tensors = []
     for name, entry in entries.items():
         weight = entry.read()
         zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
         tensors.append(
-            exporting.MeasuredTensor(name, entry.shape, entry.quant, zeros, entry.size_bytes)
+            MeasuredTensor(name, entry.shape, entry.quant, zeros, size_bytes=entry.size_bytes)
         )
     return tensors
 
 
-def _inspect_checkpoint(checkpoint: Checkpoint) -> Json:
+def _inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     shape = checkpoint.shape
     summary = {
         "folder": str(checkpoint.folder),
@@ -111,7 +140,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> Json:
     return _add_totals(summary, _measure(checkpoint.entries))
 
 
-def _inspect_bundle(path: Path) -> Json:
+def _inspect_bundle(path: Path) -> Inspection:
     manifest = Manifest.read(path)
     manifest.check_files(path)
     refuse_unlisted(path, manifest)
@@ -143,7 +172,7 @@ def _inspect_bundle(path: Path) -> Json:
 
 
 def _describe_widths(
-    tensors: Sequence[exporting.MeasuredTensor], metadata: Mapping[str, Any]
+    tensors: Sequence[MeasuredTensor], metadata: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the widths of the blocks' parts, from the shapes of their last linears."""
     width_by_block: dict[str, dict[int, int]] = {part: {} for part in _LAST_LINEARS}
@@ -178,16 +207,12 @@ def _shorten(values: Sequence[int]) -> str:
     return ", ".join(runs)
 
 
-def _add_totals(summary: Json, tensors: list[exporting.MeasuredTensor]) -> Json:
-    """Return summary and rows with bits per weight, and zeros over all tensors with a count."""
-    rows = []
+def _add_totals(summary: Mapping[str, object], tensors: Sequence[MeasuredTensor]) -> Inspection:
+    """Return the inspection with bits per weight, and zeros over all tensors with a count."""
     weights = size_bytes = counted = unknown = 0
     zeros = 0.0
     for row in tensors:
         count = math.prod(row.shape)
-        bits = 8 * row.size_bytes / count if count else 0.0
-        rows.append({**vars(row), "shape": list(row.shape), "bits": bits})
-
         weights += count
         size_bytes += row.size_bytes
         # Tensors without a count do not enter the share of zeros; their number is reported.
@@ -197,7 +222,7 @@ def _add_totals(summary: Json, tensors: list[exporting.MeasuredTensor]) -> Json:
             counted += count
             zeros += row.zeros * count
 
-    totals: Json = {"parameters": weights}
+    totals: dict[str, object] = {"parameters": weights}
     if weights:
         totals["bits_per_weight"] = round(8 * size_bytes / weights, 4)
     if counted:
@@ -205,4 +230,4 @@ def _add_totals(summary: Json, tensors: list[exporting.MeasuredTensor]) -> Json:
     if unknown:
         totals["tensors_with_unknown_zeros"] = unknown
 
-    return {"summary": summary | totals, "tensors": rows}
+    return Inspection({**summary, **totals}, tuple(tensors))

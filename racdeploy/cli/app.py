@@ -57,7 +57,7 @@ _FIRST: dict[str, Callable[..., None]] = {
     "racdeploy chat bundle --max-thinking-tokens 512": chat.chat,
     "racdeploy serve bundle --port 8080": serve.serve,
     "racdeploy verify bundle --junit junit.xml": verify.verify,
-    "racdeploy compare q4.gguf --against f16.gguf --task gsm8k:test.jsonl": compare.compare,
+    "racdeploy compare q4.gguf --against f16.gguf --tasks gsm8k:test.jsonl": compare.compare,
     "racdeploy report bundle": report.report,
     "racdeploy inspect bundle --summary": tools.inspect,
 }
@@ -66,7 +66,7 @@ _OTHERS: dict[str, Callable[..., None]] = {
     "racdeploy prune ./my-model --keep ffn=0.75": build.prune,
     "racdeploy recover ./my-model PRUNED --recover-tokens 1000000": build.recover,
     "racdeploy export ./my-model --quant q8_0": build.export,
-    "racdeploy record f16.gguf --task gsm8k:test.jsonl --out reference": compare.record,
+    "racdeploy record f16.gguf --tasks gsm8k:test.jsonl --out reference": compare.record,
     "racdeploy bench bundle --rounds 3": run.bench,
     "racdeploy push bundle me/my-model-GGUF --dry-run": hub.push,
     "racdeploy pull me/my-model-GGUF --quant q8_0 --out bundle": hub.pull,

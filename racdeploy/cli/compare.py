@@ -6,14 +6,15 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.api import functions, jobs
+from racdeploy.api import functions, verifications
+from racdeploy.api.options import CompareOptions, RecordOptions
 from racdeploy.cli.console import call_with_progress, out, print_json, print_plan, show
-from racdeploy.cli.options import JsonOpt, Values, flag, with_options_of
+from racdeploy.cli.options import JsonOpt, flag, with_options
 
 
-@with_options_of(functions.compare)
+@with_options(CompareOptions, functions.compare)
 def compare(
-    values: Values,
+    options: CompareOptions,
     show_plan: bool = flag("--plan", "Print the plan and what the run can detect; run nothing."),
     card: bool = flag("--card", "Print a Markdown table for a model card."),
     junit_file: Path | None = typer.Option(None, "--junit", help="JUnit XML of the best."),
@@ -29,12 +30,12 @@ def compare(
     from racdeploy.report.terminal import print_report, print_table
 
     if show_plan:
-        print_plan(jobs.open_comparison(values).plan(), json_output)
+        print_plan(verifications.open_comparison(options).plan(), json_output)
         return
 
     if junit_file:
         make_parent(junit_file)
-    models = call_with_progress(functions.compare, values)
+    models = call_with_progress(verifications.compare, options)
 
     if junit_file:
         write_atomic(junit_file, junit.render(models[0].report))
@@ -58,7 +59,7 @@ def compare(
         raise typer.Exit(min(codes))  # a failure before missing data
 
 
-@with_options_of(functions.record)
-def record(values: Values) -> None:
+@with_options(RecordOptions, functions.record)
+def record(options: RecordOptions) -> None:
     """Record a model's answers, with which ``compare`` needs neither the model nor its task."""
-    show(call_with_progress(functions.record, values))
+    show(call_with_progress(verifications.record, options))

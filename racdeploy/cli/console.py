@@ -11,11 +11,11 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -27,10 +27,12 @@ from racdeploy.files.unprintable import escape_unprintable, replace_unprintable
 
 if TYPE_CHECKING:
     from racdeploy.api.records import Verdict
+    from racdeploy.engines.engine import Progress
     from racdeploy.results.plan import Plan
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 and the signal's number
 _TRACEBACK = "RACDEPLOY_TRACEBACK"
 _MAX_QUOTED = 200
@@ -149,14 +151,12 @@ def print_first_line(line: str, quiet: bool) -> None:
         say(line, "bold")
 
 
-def call_with_progress(
-    function: Callable[..., R], values: Mapping[str, Any], quiet: bool = False
-) -> R:
-    """Call a function with progress on stderr."""
+def call_with_progress(function: Callable[[T, Progress], R], options: T, quiet: bool = False) -> R:
+    """Call a function with its options, and with progress on stderr."""
     from racdeploy.cli.progress import show_progress
 
     with show_progress(err, quiet) as progress:
-        return function(**values, progress=progress)
+        return function(options, progress)
 
 
 def finish(verdict: Verdict, json_output: bool, last_lines: Sequence[str] = ()) -> None:

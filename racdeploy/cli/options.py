@@ -1,22 +1,30 @@
-"""Command line options, most of them made from the keywords of the library's functions."""
+"""Command line options, most of them made from the records of :mod:`racdeploy.api.options`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Sequence
-from inspect import Parameter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from inspect import Parameter, Signature
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
 
 from racdeploy import plugins
-from racdeploy.api import functions
-from racdeploy.api.jobs import OPTIONS
+from racdeploy.api import functions, options
+from racdeploy.api.options import Names, Shown
 from racdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from racdeploy.files.toml import TomlTable
+
+R = TypeVar("R", bound="DataclassInstance")
 
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -81,18 +89,8 @@ DryRunOpt = Annotated[
     typer.Option("--dry-run", metavar="", help="Check everything, print the plan and stop."),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")]
-Values = dict[str, Any]
-_ARGUMENTS = ("model", "pruned", "bundle", "candidates")
-_PYTHON_ONLY = ("tokenizer", "progress", "on_event")
-_TYPES = {
-    "ModelSource": str,
-    "StrPath": Path,
-    "Sequence": list,
-    "Progress": Any,
-    "Candidate": Any,
-    "AccelMode": Kernels,
-}
-"""Types for typer, in place of the annotations of the functions."""
+_TYPES = {"AccelMode": Kernels, "Gate": Path, "Recipe": Path}
+"""Types of options on the command line, in place of those that a record also takes."""
 
 
 def flag(name: str, meaning: str) -> Any:
@@ -117,68 +115,61 @@ def _read_shares(assignments: Sequence[str]) -> dict[str, float]:
     return shares
 
 
-def _read_settings(assignments: Sequence[str]) -> Values:
+def _read_settings(assignments: Sequence[str]) -> TomlTable:
+    """Return the nested values of ``--set``."""
     from racdeploy.files.toml import read_assignments
 
     return read_assignments(assignments)
 
 
-_READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+def _read_names(text: str) -> Names:
+    """Return names that are separated by commas."""
+    return tuple(name for name in text.replace(" ", "").split(",") if name)
+
+
+_READERS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "settings": (list[str], _read_settings),
     "keep": (list[str], _read_shares),
     "sparsity": (str, str),
-    "candidates": (list[str], tuple),  # a path would spoil the address of a server
-    "against": (str, str),
     "max_bytes": (str, functools.partial(read_size, option="--max-bytes")),
     "max_memory": (str, functools.partial(read_size, option="--max-memory")),
     "budget": (str, read_duration),
-    "harness_tasks": (str, lambda text: [*filter(None, text.replace(" ", "").split(","))]),
+    "harness_tasks": (str, _read_names),
 }
-"""Type and parser of options that a function takes as another type."""
+"""Type and parser of options that a record has as another type."""
 
 
-def with_options_of(
-    function: Callable[..., Any], excluded: Collection[str] = ()
+def with_options(
+    record: type[R], function: Callable[..., object], excluded: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options of a function to those of a command.
+    """Add the options of a record to those of a command, which gets the record first.
 
-    The command gets them as the dictionary ``values``, the keyword arguments of the function.
+    ``function`` explains the options that have no help of their own.
     """
-    signature = inspect.signature(function, eval_str=True, globals=vars(functions) | _TYPES)
-    documented = (functions.compare, functions.build, function)
-    meanings = dict(chain.from_iterable(_read_help(each).items() for each in documented))
+    hints = get_type_hints(record, vars(options) | _TYPES, include_extras=True)
+    documented = (functions.compare, functions.build, functions.export, function)
+    help_by_name = dict(chain.from_iterable(_read_help(each).items() for each in documented))
 
     parameters = []
-    panel = None
-    structures = ", ".join(plugins.list_names("structures"))
-    for name, parameter in signature.parameters.items():
-        known = OPTIONS.get(name, {})
-        panel = known.get("panel", panel)
-        if name not in (*_PYTHON_ONLY, *excluded):
-            meaning = known.get("help") or meanings[name]
-            meaning = meaning.replace("{structures}", structures)
-            parameters.append(_make_option(parameter, meaning, panel, known))
+    for each in fields(record):
+        if each.name not in excluded:
+            kind, shown = get_args(hints[each.name])
+            meaning = shown.help or help_by_name[each.name]
+            parameters.append((shown.panel, _make_parameter(each, kind, shown, meaning)))
+    parameters.sort(key=lambda pair: options.PANELS.index(pair[0]))
+    names = [parameter.name for _, parameter in parameters]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        _, *command_parameters = inspect.signature(command, eval_str=True).parameters.values()
-        command_parameters = [
-            each.replace(kind=Parameter.KEYWORD_ONLY) for each in command_parameters
-        ]
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        own = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in own]
 
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
-            command_values = {each.name: arguments.pop(each.name) for each in command_parameters}
-            values = {}
-            for name, value in arguments.items():
-                if value is None:
-                    value = signature.parameters[name].default
-                elif name in _READERS:
-                    value = _READERS[name][1](value)
-                values[name] = value
-            command(values, **command_values)
+            values = {name: arguments.pop(name) for name in names}
+            command(_make_record(record, values), **arguments)
 
-        run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*parameters, *command_parameters], return_annotation=None
+        run.__signature__ = Signature(  # type: ignore[attr-defined]
+            [*(parameter for _, parameter in parameters), *own]
         )
         run.__annotations__ = {}  # else typer would read the command's annotations
         return run
@@ -186,29 +177,45 @@ def with_options_of(
     return decorate
 
 
-def _make_option(parameter: Parameter, meaning: str, panel: str | None, known: Values) -> Parameter:
+def _make_record(record: type[R], values: Mapping[str, Any]) -> R:
+    """Return the record of a command line; options that are not given have their defaults."""
+    given = {}
+    for name, value in values.items():
+        if value is None or value == []:
+            continue
+        if name in _READERS:
+            value = _READERS[name][1](value)
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return record(**given)
+
+
+def _make_parameter(each: Field[Any], kind: Any, shown: Shown, meaning: str) -> Parameter:
     """Return the parameter from which typer makes an option or an argument."""
-    name, kind, default = parameter.name, parameter.annotation, parameter.default
-    kind, _ = _READERS.get(name, (kind, None))
-    if default == ():
+    default = Parameter.empty if each.default is MISSING else each.default
+    if each.name in _READERS:
+        kind, _ = _READERS[each.name]
+    elif kind == Names:
+        kind = list[str]
+    if (kind == list[str] and each.default_factory is not MISSING) or default == ():
         default = None
 
     info: Any
-    if name in _ARGUMENTS:
+    if shown.is_argument:
         info = typer.Argument(help=meaning, show_default=False)
     else:
-        names, metavar = known.get("names", ()), known.get("metavar")
+        names, metavar = shown.names, shown.metavar
         if kind is bool:
-            names, metavar = (f"--{name.replace('_', '-')}",), ""
+            names, metavar = (f"--{each.name.replace('_', '-')}",), ""
+        structures = ", ".join(plugins.list_names("structures"))
         info = typer.Option(
             *names,
             metavar=metavar,
-            min=known.get("min"),
-            help=meaning,
-            rich_help_panel=panel,
+            min=shown.minimum,
+            help=meaning.replace("{structures}", structures),
+            rich_help_panel=shown.panel or None,
         )
-    return parameter.replace(
-        kind=Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    return Parameter(
+        each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
 
 

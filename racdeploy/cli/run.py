@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from racdeploy.api import functions
 from racdeploy.cli.console import INTERRUPTED, err, out, print_json, say
 from racdeploy.cli.options import (
     AccelOpt,
@@ -118,16 +119,22 @@ def bench(
             remedy="racdeploy bench bundle; racdeploy bench --profile measures the device",
         )
 
-    from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
-    from racdeploy.files.caches import default_work_folder
     from racdeploy.report.terminal import print_table
 
-    dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder())
-    load = benchmark.BenchSettings(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
-
     with show_progress(err) as progress:
-        result = benchmark.bench(bundle, dense, load, progress)
+        result = functions.bench(
+            bundle,
+            dense=dense,
+            rounds=rounds,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            parallel=parallel,
+            accel=accel,
+            work=work,
+            threads=threads,
+            progress=progress,
+        )
 
     if json_output:
         print_json(result.to_json())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from racdeploy import plugins
-from racdeploy.api.jobs import note_replaced
+from racdeploy.api import functions
+from racdeploy.api.builds import note_replaced
 from racdeploy.cli.console import (
     out,
     print_json,
@@ -24,6 +25,7 @@ from racdeploy.cli.options import JsonOpt, flag
 from racdeploy.errors import EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
+    from racdeploy.exporting import MeasuredTensor
     from racdeploy.report.tables import ReportTable
 
 _SHOWN_ROWS = 1000
@@ -35,15 +37,14 @@ def inspect(
     json_output: JsonOpt = False,
 ) -> None:
     """Print types, sizes, zeros and hashes of a file or folder, and all its tensors."""
-    from racdeploy.bundles.inspect import inspect_path
     from racdeploy.report.terminal import print_table
 
-    contents = inspect_path(path)
+    contents = functions.inspect(path)
     if json_output:
-        print_json(contents)
+        print_json(contents.to_json())
         return
 
-    tensors = contents["tensors"]
+    tensors = contents.tensors
     if tensors and not summary:
         _print_tensors(tensors)
 
@@ -52,23 +53,24 @@ def inspect(
         print_table(_add_up_types(tensors), out)
     else:
         show("no tensors: a vocabulary alone")
-    for key, value in contents["summary"].items():
+    for key, value in contents.summary.items():
         show(f"{key}: {value!s:.200}")
 
 
-def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
+def _print_tensors(tensors: Sequence[MeasuredTensor]) -> None:
+    from racdeploy.bundles.inspect import bits_per_weight
     from racdeploy.report.tables import ReportTable
     from racdeploy.report.terminal import print_table
 
     rows = [
         (
-            f"{row['name']:.200}",
-            " × ".join(map(str, row["shape"])),
-            row["type"],
-            f"{row['bits']:.2f}",
-            "unknown" if row["zeros"] is None else f"{row['zeros']:.1%}",
-            row["packing"],
-            f"{row['size_bytes']:,}",
+            f"{row.name:.200}",
+            " × ".join(map(str, row.shape)),
+            row.type,
+            f"{bits_per_weight(row):.2f}",
+            _format_zeros(row.zeros),
+            row.packing,
+            f"{row.size_bytes:,}",
         )
         for row in tensors[:_SHOWN_ROWS]
     ]
@@ -79,15 +81,19 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
         show(f"{len(tensors) - _SHOWN_ROWS:,} more tensors: --json lists them")
 
 
-def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> ReportTable:
+def _format_zeros(zeros: float | None) -> str:
+    return "unknown" if zeros is None else f"{zeros:.1%}"
+
+
+def _add_up_types(tensors: Sequence[MeasuredTensor]) -> ReportTable:
     """Return the number of tensors and bytes of each type, the largest first."""
     from racdeploy.report.tables import ReportTable, format_bytes
 
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for row in tensors:
-        counts[row["type"]] += 1
-        sizes[row["type"]] += row["size_bytes"]
+        counts[row.type] += 1
+        sizes[row.type] += row.size_bytes
 
     rows = [(kind, str(counts[kind]), format_bytes(size)) for kind, size in sizes.most_common()]
     return ReportTable("", ("type", "tensors", "size"), tuple(rows))

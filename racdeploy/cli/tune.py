@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 
-from racdeploy.api import functions, jobs
+from racdeploy.api import builds, functions
+from racdeploy.api.options import TuneOptions
 from racdeploy.cli import console
-from racdeploy.cli.options import DryRunOpt, JsonOpt, QuietOpt, Values, with_options_of
+from racdeploy.cli.options import DryRunOpt, JsonOpt, QuietOpt, with_options
 
 
-@with_options_of(functions.tune)
+@with_options(TuneOptions, functions.tune)
 def tune(
-    values: Values,
+    options: TuneOptions,
     dry_run: DryRunOpt = False,
     quiet: QuietOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
     """Search for the best dense or pruned model for a device, build it and verify it."""
-    recipe = jobs.read_recipe(values, jobs.TUNE_KEYS)
+    recipe = builds.read_recipe(options)
     aim = recipe.tune.objective.replace("-", " ")
     console.print_first_line(f"tune: {recipe.model} for {recipe.target}, the best {aim}", quiet)
 
@@ -27,12 +28,12 @@ def tune(
     from racdeploy.tuning.plan import describe_plan, plan_as_json
 
     if dry_run:
-        with jobs.open_search(values) as search:
+        with builds.open_search(options) as search:
             console.print_result(plan_as_json(search), describe_plan(search), json_output)
         return
 
     with show_search(console.err, quiet) as (progress, show):
-        bundle = functions.tune(**values, progress=progress, on_event=show)
+        bundle = builds.tune(options, progress, show)
 
     folder, tuning = bundle.folder, bundle.tuning
     if json_output:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.api import functions, jobs
+from racdeploy.api import functions, verifications
+from racdeploy.api.options import VerifyOptions
 from racdeploy.cli.console import call_with_progress, finish, print_notes, print_plan
-from racdeploy.cli.options import JsonOpt, Values, flag, with_options_of
+from racdeploy.cli.options import JsonOpt, flag, with_options
 
 
-@with_options_of(functions.verify)
+@with_options(VerifyOptions, functions.verify)
 def verify(
-    values: Values,
+    options: VerifyOptions,
     show_plan: bool = flag("--plan", "Print the plan and what the run can detect; run nothing."),
     junit_file: Path | None = typer.Option(None, "--junit", help="JUnit XML to write."),
     html_file: Path | None = typer.Option(None, "--html", help="HTML report to write."),
@@ -28,16 +29,16 @@ def verify(
     from racdeploy.report.files import PAGE, write_reports
 
     if show_plan:
-        verification, notes = jobs.open_verification(values)
+        verification, notes = verifications.open_verification(options)
         print_notes(notes)
         print_plan(verification.plan(), json_output)
         return
 
     for file in filter(None, (junit_file, html_file, reports and reports / PAGE)):
         make_parent(file)
-    verdict = call_with_progress(functions.verify, values)
+    verdict = call_with_progress(verifications.verify, options)
 
-    report, records, bundle = verdict.report, verdict.records, str(values["bundle"])
+    report, records, bundle = verdict.report, verdict.records, str(options.bundle)
     if junit_file:
         write_atomic(junit_file, junit.render(report))
     if html_file:

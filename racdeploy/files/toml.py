@@ -76,6 +76,16 @@ def merge(defaults: Settings, overrides: Settings) -> TomlTable:
     return merged
 
 
+def nest(settings: Settings) -> TomlTable:
+    """Return nested tables of values by key, as ``prune.sparsity``; tables are merged."""
+    nested: TomlTable = {}
+    for key, value in settings.items():
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        nested = merge(nested, value)
+    return nested
+
+
 def validate(model: type[M], values: Settings, where: str, init_command: str = "") -> M:
     """Return the validated model of values; UsageError with every problem.
 

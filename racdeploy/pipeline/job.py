@@ -88,8 +88,8 @@ class Job:
                 "targets-share-engine",
                 f"targets {' and '.join(same)} both run on {backend}: "
                 "a bundle holds one artifact for each engine",
-                remedy=f"leave --also {same[-1]} out; another number format is another bundle: "
-                "--quant NAME --out FOLDER",
+                remedy=f"leave --more-targets {same[-1]} out; another number format is another "
+                "bundle: --quant NAME --out FOLDER",
             )
 
         return jobs

@@ -65,7 +65,7 @@ class ShortenStage:
             raise UsageError(
                 "nothing-right-to-shorten",
                 f"none of {len(answers)} answers of the dense model is right",
-                remedy="--task with one that it can do, or raise traces.max_new_tokens",
+                remedy="--tasks with one that it can do, or raise traces.max_new_tokens",
             )
 
         dense_answers = answers[:held]

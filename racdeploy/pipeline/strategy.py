@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from racdeploy.files.reading import Json
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.ladder import Ladder
+from racdeploy.results.plan import Plan
 from racdeploy.results.report import Report
 
 
@@ -18,7 +18,7 @@ class Strategy(Protocol):
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Build, verify and write a bundle; return its folder and its report."""
 
-    def plan(self, out: Path | None = None) -> Json:
+    def plan(self, out: Path | None = None) -> Plan:
         """Return the plan; raise the first error that a stage would raise."""
 
 
@@ -32,7 +32,7 @@ class OneModel:
         """Build, verify and write a bundle; return its folder and its report."""
         return self.build.run(out)
 
-    def plan(self, out: Path | None = None) -> Json:
+    def plan(self, out: Path | None = None) -> Plan:
         """Return the plan; raise the first error that a stage would raise."""
         return self.build.plan(self.build.check(out))
 

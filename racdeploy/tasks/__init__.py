@@ -122,7 +122,7 @@ class TaskSet:
                 f"the task holds no {split} problem: {'; '.join(files)}",
                 remedy=f"questions are split in half by a hash of their text: give at least "
                 f"{_SAFE_QUESTIONS} different ones, or {2 * wanted} for the {wanted} prompts asked "
-                "for; or two files, --task jsonl:ONE and --calibration-task jsonl:OTHER",
+                "for; or two files, --tasks jsonl:ONE and --calibration-tasks jsonl:OTHER",
             )
 
         return draw_from_tasks(chosen, split, seed, count)
@@ -184,7 +184,7 @@ def load(spec: str) -> Task:
             raise UsageError(
                 "file-as-task",
                 f"{spec} is a file and not a task",
-                remedy=f"write --task jsonl:{spec}",
+                remedy=f"write --tasks jsonl:{spec}",
             )
 
     if name == HUB:
@@ -200,7 +200,9 @@ def load(spec: str) -> Task:
     if hasattr(module, "read"):
         if not argument:
             raise UsageError(
-                "task-needs-file", f"task {name!r} needs a file", remedy=f"write --task {name}:FILE"
+                "task-needs-file",
+                f"task {name!r} needs a file",
+                remedy=f"write --tasks {name}:FILE",
             )
 
         refuse_table(argument)
@@ -209,7 +211,7 @@ def load(spec: str) -> Task:
 
     if colon:
         raise UsageError(
-            "takes-no-argument", f"task {name!r} takes no argument", remedy=f"write --task {name}"
+            "takes-no-argument", f"task {name!r} takes no argument", remedy=f"write --tasks {name}"
         )
 
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
@@ -292,14 +294,14 @@ def _find_set(name: str) -> str:
     for each in known:
         if plugins.load("tasks", each).DATASET.evaluation.dataset.casefold() == name.casefold():
             raise UsageError(
-                "dataset-as-task", f"{name} is task {each!r}", remedy=f"write --task {HUB}:{each}"
+                "dataset-as-task", f"{name} is task {each!r}", remedy=f"write --tasks {HUB}:{each}"
             )
 
     if name not in known:
         raise UsageError(
             "unknown-public-set",
             f"{name or 'nothing'} is not a public dataset{plugins.suggest(name, known)}",
-            remedy=f"known: {', '.join(known)}; your own questions: --task jsonl:FILE",
+            remedy=f"known: {', '.join(known)}; your own questions: --tasks jsonl:FILE",
         )
     return name
 
@@ -309,8 +311,8 @@ def _refuse_unsourced(name: str, published: PublicDataset) -> UsageError:
     return UsageError(
         "task-needs-questions",
         f"task {name!r} needs its questions, which racdeploy neither ships nor downloads unasked",
-        remedy=f"--task {HUB}:{name} reads {published.evaluation.dataset} from the Hub "
-        f"({install_command('tasks')}); --task {name}:PATH reads your copy of it "
+        remedy=f"--tasks {HUB}:{name} reads {published.evaluation.dataset} from the Hub "
+        f"({install_command('tasks')}); --tasks {name}:PATH reads your copy of it "
         f"({forms}, or a folder saved by datasets)",
     )
 
@@ -323,8 +325,8 @@ def _refuse_untrained(task: Task) -> UsageError:
         "no-training-questions",
         f"{title} has no training questions to calibrate on: all {len(task.pool)} are for "
         "evaluation",
-        remedy=f"add --calibration-task {HUB}:{others[0]}, or any other task; "
-        f"--task {name}:FILE splits a file by a hash of the questions",
+        remedy=f"add --calibration-tasks {HUB}:{others[0]}, or any other task; "
+        f"--tasks {name}:FILE splits a file by a hash of the questions",
     )
 
 

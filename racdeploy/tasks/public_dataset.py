@@ -103,7 +103,7 @@ def _download(part: HubSplit) -> tuple[Row, ...]:
     except (OSError, ValueError) as error:
         # Gated datasets need a login.
         page = f"https://huggingface.co/datasets/{part.dataset}"
-        remedy = "connect to the Hub, or give your own copy: --task NAME:FILE"
+        remedy = "connect to the Hub, or give your own copy: --tasks NAME:FILE"
         if "gated" in str(error).lower():
             remedy = f"accept its terms at {page}, then: hf auth login"
         raise EnvironmentFailure(

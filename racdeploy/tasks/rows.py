@@ -98,10 +98,10 @@ def refuse_table(path: str) -> None:
     if suffix.lower() not in ("csv", "tsv", "xlsx", "parquet") or not dot:
         return
 
-    remedy = 'save it as lines of {"question": "…", "answer": "…"}, then --task jsonl:FILE'
+    remedy = 'save it as lines of {"question": "…", "answer": "…"}, then --tasks jsonl:FILE'
     if suffix.lower() == "csv":
         made = f"{stem}.jsonl"
-        remedy = f"{_CONVERT % (path, made)}, then --task jsonl:{made}"
+        remedy = f"{_CONVERT % (path, made)}, then --tasks jsonl:{made}"
     raise UsageError(
         "table-as-task", f"{path} is a table; racdeploy reads .jsonl files", remedy=remedy
     )

@@ -453,5 +453,5 @@ def _refuse_unanswered(raced: Sequence[Entry]) -> None:
     raise UsageError(
         "no-candidate-answers",
         f"none of {len(raced)} candidates answers any prompt of the race correctly",
-        remedy="use a task that the model can do: --task NAME; or raise verify.max_new_tokens",
+        remedy="use a task that the model can do: --tasks NAME; or raise verify.max_new_tokens",
     )

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, NonNegativeFloat, PrivateAttr, create_model
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.files.toml import merge, read_toml, validate
+from racdeploy.files.toml import Settings, TomlTable, merge, nest, read_toml, validate
 from racdeploy.recipe import Verification, check_plugin
 from racdeploy.results.schema import FrozenModel, OpenShare, PositiveCount
 from racdeploy.verification.stats import paired
@@ -30,6 +30,7 @@ _DISCORDANT_RATE = 0.1
 _POWER = 0.9
 """Probability with which such a model passes a widened limit."""
 _MAX_WIDENED_LIMIT = 0.5
+_INIT_COMMAND = "racdeploy init --gate"
 GATE_EXAMPLE = (files("racdeploy.verification") / "gate.toml").read_text(encoding="utf-8")
 """Gate file that ``racdeploy init --gate`` writes."""
 
@@ -116,6 +117,21 @@ class Gate(FrozenModel):
     _demanded: frozenset[str] = PrivateAttr(frozenset())
     _requested: Gate | None = PrivateAttr(None)
 
+    @classmethod
+    def read(cls, file: Path | str | None = None, settings: Settings | None = None) -> Gate:
+        """Return the gate of a TOML file, with settings by key, as ``accuracy.margin``.
+
+        Raises:
+            UsageError: the file does not exist, or a key or value is invalid.
+        """
+        written = read_toml(Path(file), _INIT_COMMAND) if file else {}
+        values = merge(written, nest(settings or {}))
+        return validate(make_gate_model(), values, str(file or "the gate"), _INIT_COMMAND)
+
+    def to_table(self) -> TomlTable:
+        """Return the values that were set, as a gate file has them."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
     @property
     def required_checks(self) -> frozenset[str]:
         """Checks that the gate file names; it is an error if one of them measures nothing."""
@@ -173,10 +189,11 @@ class Gate(FrozenModel):
         return gate
 
 
-def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:
+def read_gate(file: Gate | Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:
     """Read a gate file; keys that it leaves out are those of the recipe, or defaults.
 
     Args:
+        file: a gate file, or a gate that was read before.
         built: the recipe's ``[gate]``.
 
     Raises:
@@ -188,11 +205,13 @@ def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) 
     if file is None:
         return gate
 
-    init_command = "racdeploy init --gate"
-    written = read_toml(file, init_command)
+    if isinstance(file, Gate):
+        where, written = "the gate", file.to_table()
+    else:
+        where, written = str(file), read_toml(file, _INIT_COMMAND)
     # Validated alone first: an error must name the file that the user wrote.
-    validate(model, written, str(file), init_command)
-    gate = validate(model, merge(below, written), str(file), init_command)
+    validate(model, written, where, _INIT_COMMAND)
+    gate = validate(model, merge(below, written), where, _INIT_COMMAND)
     tables = frozenset(written) & frozenset(plugins.list_names("checks"))
     gate._demanded = tables | frozenset(written.get("checks", ()))
 

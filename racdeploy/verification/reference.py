@@ -120,7 +120,7 @@ def check_same_questions(reference: Reference, tasks: Sequence[str]) -> None:
         raise ArtifactError(
             "reference-of-other-task",
             f"the reference has answers to {', '.join(reference.tasks) or 'the procedural tasks'}",
-            remedy="leave out --task: the questions are in the reference; or record it again",
+            remedy="leave out --tasks: the questions are in the reference; or record it again",
         )
 
 
@@ -143,7 +143,7 @@ def check_same_settings(reference: Reference, options: Mapping[str, Any], folder
     defaults = Verification().model_dump() | {"prompts": None}
     command = ["racdeploy", "record", reference.name]
     for task in reference.tasks:
-        command += ["--task", task]
+        command += ["--tasks", task]
     for name in _FIXED_OPTIONS:
         value = changed.get(name, recorded[name])
         if value != defaults[name]:

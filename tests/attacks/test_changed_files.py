@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 import racdeploy
-from racdeploy.api import functions, jobs
+from racdeploy.api import verifications
+from racdeploy.api.options import VerifyOptions
 from racdeploy.bundles.bundle import BundleToVerify
+from racdeploy.engines.engine import Progress
 from racdeploy.files import sha256_cache
 from racdeploy.files.sha256_cache import has_sha256, refuse_changed, take_states
 from racdeploy.files.writing import file_sha256
@@ -147,15 +149,20 @@ def _verify(
         bundle.refuse_changes()
         return None, ()
 
-    def check(options: Any) -> tuple[str, ...]:
-        checked.append(str(options["bundle"]))
+    def check(options: VerifyOptions) -> tuple[str, ...]:
+        checked.append(str(options.bundle))
         return ()
 
+    def open_verification(
+        options: VerifyOptions, progress: Progress | None
+    ) -> tuple[Any, tuple[str, ...]]:
+        return verification, check(options)
+
     verification = SimpleNamespace(run=run, gate=None)
-    monkeypatch.setattr(jobs, "open_verification", lambda options: (verification, check(options)))
-    monkeypatch.setattr(jobs, "check_signature", check)
+    monkeypatch.setattr(verifications, "open_verification", open_verification)
+    monkeypatch.setattr(verifications, "check_signature", check)
     made = SimpleNamespace(from_report=lambda *values, **others: None)
-    monkeypatch.setattr(functions, "Verdict", made)
+    monkeypatch.setattr(verifications, "Verdict", made)
     racdeploy.verify(folder)
     return checked
 

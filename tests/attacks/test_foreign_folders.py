@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.api.jobs import save_model
+from racdeploy.api.builds import save_model
 from racdeploy.bundles.bench import find_dense_in_work
 from racdeploy.files.cache_entries import list_cache_entries
 from racdeploy.files.stages import Stage, finished_stages
@@ -103,12 +103,11 @@ def test_a_model_in_memory_is_not_taken_from_another_user(tmp_path: Path, give: 
             folder.mkdir(exist_ok=True)
             (folder / "config.json").write_text("{}")
 
-    options = {"tokenizer": Saved(), "work": tmp_path}
-    folder = Path(save_model(Saved(), options))
-    assert save_model(Saved(), options) == str(folder)
+    folder = Path(save_model(Saved(), Saved(), tmp_path))
+    assert save_model(Saved(), Saved(), tmp_path) == str(folder)
     give(folder.parent)
     with raises("folder-not-private", folder.parent.name):
-        save_model(Saved(), options)
+        save_model(Saved(), Saved(), tmp_path)
 
 
 @pytest.fixture

@@ -257,7 +257,7 @@ def test_parts_are_read_as_one(tmp_path: Path) -> None:
     """All tensors are listed, from whatever folder the name leads to."""
     for number in range(2):
         _write_part(tmp_path / _name(number), number, 2, [f"t{number}"])
-    assert [row["name"] for row in inspect_path(tmp_path / _name(0))["tensors"]] == ["t0", "t1"]
+    assert [row.name for row in inspect_path(tmp_path / _name(0)).tensors] == ["t0", "t1"]
 
 
 @pytest.mark.parametrize(
@@ -359,11 +359,11 @@ def test_version_2_and_gaps_in_the_metadata_are_no_damage(intact: Path, tmp_path
         found = inspect_path(file)
     sizes = [16 * 256 * 8.5, 3 * 333 * 16, 64 * 32]
     weights = [16 * 256, 3 * 333, 64]
-    assert found["summary"]["bits_per_weight"] == pytest.approx(sum(sizes) / sum(weights), abs=1e-3)
+    assert found.summary["bits_per_weight"] == pytest.approx(sum(sizes) / sum(weights), abs=1e-3)
     zeros = sum(
-        row["zeros"] * count for row, count in zip(found["tensors"], weights, strict=True)
+        (row.zeros or 0) * count for row, count in zip(found.tensors, weights, strict=True)
     ) / sum(weights)
-    assert found["summary"]["zeros_of_all_weights"] == pytest.approx(zeros, abs=1e-3)
+    assert found.summary["zeros_of_all_weights"] == pytest.approx(zeros, abs=1e-3)
     assert [row["bits"] for row in found["tensors"]] == [8.5, 16, 32]
     outcome = CliRunner().invoke(app, ["inspect", str(file)])
     assert outcome.exit_code == 0

@@ -40,7 +40,7 @@ def test_a_recipe_of_a_bundle_reads_no_file(
     (tmp_path / "FILE").write_text('{"prompt": "private"}')
     os.mkfifo(tmp_path / "PIPE")
     monkeypatch.chdir(tmp_path)
-    with raises("tasks-not-named", spec, "--task"):
+    with raises("tasks-not-named", spec, "--tasks"):
         _ = _make({key: ["gcd", spec]}).problems
 
 

@@ -130,11 +130,11 @@ def test_a_recipe_file_sends_no_secret_without_the_users_word(
         '[traces]\nserver = "https://evil.example/v1"\nserver_key_env = "CLOUD_SECRET"\n'
     )
     for command in ("traces", "prune", "build"):
-        for more in ([], ["--allow-key-to", "good.example"]):
+        for more in ([], ["--key-host", "good.example"]):
             done = CliRunner().invoke(app, [command, "--recipe", str(recipe), *more])
             assert done.exit_code == 2, done.output
             assert "sends the environment variable CLOUD_SECRET to evil.example" in done.output
-            assert "--allow-key-to evil.example" in done.output
+            assert "--key-host evil.example" in done.output
 
 
 @pytest.mark.parametrize("host", ["192.168.0.7:8000", "gpu.local", "[fd00::1]"])

@@ -172,7 +172,7 @@ def test_an_error_of_a_task_shows_part_of_it(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     for row in ({"question": "?", "answer": 1, "scorer": "s" * 10**6}, {"k" * 500_000: 1}):
         file.write_text(json.dumps(row))
-        shown = _run("build", "--dry-run", "--task", f"jsonl:{file}")
+        shown = _run("build", "--dry-run", "--tasks", f"jsonl:{file}")
         assert "error:" in shown
         assert len(shown) < 3000
 

@@ -19,8 +19,8 @@ DIFFERENT: Cut = [(4, 64), (4, 64), (2, 96)]
 SHOWN = ("feed_forward_channels", "query_heads", "query_columns", "key_value_heads")
 
 
-def inspect_widths(path: Path) -> Mapping[str, str]:
-    summary = inspect_path(path)["summary"]
+def inspect_widths(path: Path) -> Mapping[str, object]:
+    summary = inspect_path(path).summary
     return {key: summary[key] for key in SHOWN if key in summary}
 
 
@@ -61,8 +61,8 @@ def test_files_of_other_things_have_no_widths(tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe"))
     file = write(checkpoint, tmp_path / "model.gguf", Export(quant="q8_0")).path
     assert inspect_widths(file) == {"query_heads": "4 × 2"}
-    assert inspect_path(file)["summary"]["experts"] == "4 × 2"
-    assert inspect_path(checkpoint.folder)["summary"]["experts"] == 4
+    assert inspect_path(file).summary["experts"] == "4 × 2"
+    assert inspect_path(checkpoint.folder).summary["experts"] == 4
 
 
 def test_weights_without_a_config_are_shown(tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_weights_without_a_config_are_shown(tmp_path: Path) -> None:
     found = inspect_path(checkpoint.folder / "model.safetensors")
     whole = inspect_path(checkpoint.folder)
 
-    assert found["tensors"] == whole["tensors"]
-    assert found["summary"]["zeros_of_all_weights"] == whole["summary"]["zeros_of_all_weights"]
-    assert found["summary"]["feed_forward_channels"] == "64 × 2, 96"
-    assert found["summary"]["query_columns"] == "64 × 2, 32"
+    assert found.tensors == whole.tensors
+    assert found.summary["zeros_of_all_weights"] == whole.summary["zeros_of_all_weights"]
+    assert found.summary["feed_forward_channels"] == "64 × 2, 96"
+    assert found.summary["query_columns"] == "64 × 2, 32"
 
 
 def test_no_weights_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy.api.jobs import read_recipe
+from racdeploy.api.builds import read_recipe
+from racdeploy.api.options import BuildOptions
 from racdeploy.cli.app import app
 
 
@@ -24,14 +25,14 @@ def test_shares_are_combined_by_part(tmp_path: Path) -> None:
     )
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'target = "{target}"\n[structure]\nkeep = {{heads = 0.8, blocks = 0.8}}\n')
-    options = {
-        "recipe": recipe,
-        "keep": {"blocks": 0.7, "vocabulary": 8192},
-        "settings": {"structure.keep": {"vocabulary": 4096}},
-    }
+    options = BuildOptions(
+        recipe=recipe,
+        keep={"blocks": 0.7, "vocabulary": 8192},
+        settings={"structure.keep": {"vocabulary": 4096}},
+    )
     expected = {"heads": 0.8, "blocks": 0.7, "vocabulary": 4096}
     assert read_recipe(options).structure.keep == expected
-    alone = read_recipe({"target": str(target)})
+    alone = read_recipe(BuildOptions(target=str(target)))
     assert alone.structure.keep == {"ffn": 0.9, "heads": 0.9, "blocks": 0.9}
     assert alone.structure.optional
     assert (alone.export.quant, alone.rungs) == ("q4_0", ())
@@ -62,7 +63,7 @@ def test_what_is_asked_replaces_what_a_target_proposes(
         'description = "mine"\nmemory_limit_bytes = 1000\n'
         'rungs = [{quant = "q8_0"}, {quant = "q8_0", keep = {ffn = 0.9}}]\n'
     )
-    recipe = read_recipe({"target": str(target), **asked})
+    recipe = read_recipe(BuildOptions(target=str(target), **asked))
     assert (recipe.structure.keep, recipe.prune.sparsity) == (keep, sparsity)
     assert recipe.structure.optional == (keep == {"ffn": 0.9})
     assert bool(recipe.rungs) == (not asked)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy.api.jobs import read_recipe
+from racdeploy.api.builds import read_recipe
+from racdeploy.api.options import BuildOptions
 from racdeploy.cli.app import app
 from racdeploy.files.toml import read_assignments
 from racdeploy.recipe import Recipe
@@ -38,7 +39,7 @@ def test_every_key_of_a_recipe_is_reached(key: str) -> None:
     """
     value = json.dumps(DEFAULTS[key])
     settings = read_assignments([f"{key}={value}"])
-    asked = read_recipe({"settings": settings}).model_dump(mode="json")
+    asked = read_recipe(BuildOptions(settings=settings)).model_dump(mode="json")
     assert dict(_leaves(asked))[key] == DEFAULTS[key]
 
     whole = Recipe.combine(None, {}).model_dump(mode="json")
@@ -62,7 +63,7 @@ def test_values_are_set_over_other_options() -> None:
             "prune.refit_steps=40",
         ]
     )
-    recipe = read_recipe({"sparsity": "0.3", "quant": "q8_0", "settings": settings})
+    recipe = read_recipe(BuildOptions(sparsity="0.3", quant="q8_0", settings=settings))
     assert (recipe.prune.sparsity, recipe.export.quant) == (0.6, "q4_k")
     assert (recipe.prune.ignore, recipe.prune.refit_steps) == (("down_proj$",), 40)
     assert recipe.gate == {"accuracy": {"margin": 0.1}}

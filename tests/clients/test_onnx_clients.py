@@ -59,7 +59,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tiny-reasoner",
             "--target",
             "browser",
-            "--also",
+            "--more-targets",
             "gguf",
             "--prompts",
             8,

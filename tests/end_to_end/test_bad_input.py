@@ -99,9 +99,9 @@ OPTIONS: dict[str, tuple[list[str], str, str]] = {
         "did you mean 'android-arm64'",
     ),
     "unknown quant": (["--quant", "q8_1"], "unknown-plugin", "did you mean 'q8_0'"),
-    "unknown task": (["--task", "gdc"], "unknown-plugin", "did you mean 'gcd'"),
-    "task without file": (["--task", "jsonl"], "task-needs-file", "--task jsonl:FILE"),
-    "task file missing": (["--task", "jsonl:nowhere.jsonl"], "file-unreadable", "nowhere.jsonl"),
+    "unknown task": (["--tasks", "gdc"], "unknown-plugin", "did you mean 'gcd'"),
+    "task without file": (["--tasks", "jsonl"], "task-needs-file", "--tasks jsonl:FILE"),
+    "task file missing": (["--tasks", "jsonl:nowhere.jsonl"], "file-unreadable", "nowhere.jsonl"),
     "recipe missing": (["--recipe", "nowhere.toml"], "missing-toml-file", "nowhere.toml"),
 }
 
@@ -280,7 +280,7 @@ def test_a_file_without_problems_for_a_split_is_refused(model: Path, tmp_path: P
     """One question cannot serve both splits, and nothing is verified on nothing."""
     (tmp_path / "one.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
     code, output = _run(
-        "build", model, "--task", f"jsonl:{tmp_path}/one.jsonl", "--work", tmp_path / "work"
+        "build", model, "--tasks", f"jsonl:{tmp_path}/one.jsonl", "--work", tmp_path / "work"
     )
     assert (code, find_error_code(output)) == (2, "no-problems-for-split"), output
 
@@ -290,9 +290,9 @@ def test_files_that_share_questions_are_refused(model: Path, tmp_path: Path) -> 
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
     tasks = [
-        "--task",
+        "--tasks",
         f"jsonl:{tmp_path}/a.jsonl",
-        "--calibration-task",
+        "--calibration-tasks",
         f"jsonl:{tmp_path}/b.jsonl",
     ]
     code, output = _run("build", model, *tasks, "--work", tmp_path / "work")

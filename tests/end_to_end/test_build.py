@@ -47,7 +47,7 @@ def _recipe(folder: Path) -> Path:
 def _build(model: Path, folder: Path, *more: object) -> Outcome:
     task = f"jsonl:{_problems(folder)}"
     options = [
-        "--task",
+        "--tasks",
         task,
         "--recipe",
         _recipe(folder),
@@ -84,7 +84,7 @@ def test_a_model_nobody_here_trained_goes_through(
 def test_dense_models_of_the_same_size_answer_too(tmp_path: Path) -> None:
     """Their quants fit the rows, their files are no larger; they are shown and decide nothing."""
     model = make_checkpoint(tmp_path / "model", "qwen3")
-    outcome = _build(model, tmp_path, "--controls", "--json")
+    outcome = _build(model, tmp_path, "--compare-same-size", "--json")
     assert outcome.code == 3, outcome.err
     report = json.loads(outcome.out)
     arms = {arm["name"]: arm for arm in report["arms"]}

@@ -106,7 +106,7 @@ def test_a_reference_needs_neither_its_model_nor_its_task(files: Path, tmp_path:
     (report,) = json.loads(outcome.out)
     assert (outcome.code, report["verdict"]) == (0, "pass")
 
-    assert racdeploy("compare", *asked, "--task", "gcd").error_code == "reference-of-other-task"
+    assert racdeploy("compare", *asked, "--tasks", "gcd").error_code == "reference-of-other-task"
 
 
 def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def _options(folder: Path) -> list[object]:
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
     task = f"jsonl:{folder}/problems.jsonl"
-    options: list[object] = ["--task", task, "--recipe", folder / "recipe.toml", "--threads", 1]
+    options: list[object] = ["--tasks", task, "--recipe", folder / "recipe.toml", "--threads", 1]
     return [*options, "--work", folder / "work"]
 
 
@@ -73,7 +73,7 @@ def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     (main,) = manifest["artifacts"]
     assert "-blocks75-ffn50-heads50-rac-v1.0-" in main["path"]
 
-    summary = inspect_path(out / main["path"])["summary"]
+    summary = inspect_path(out / main["path"]).summary
     assert summary["racdeploy.keep.ffn"] == 0.5
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "75.0% of the blocks (3 of 4)" in card
@@ -152,7 +152,7 @@ def test_experts_are_cut_pruned_and_built(
     assert f"75.0% of the experts ({where})" in card
     (main,) = json.loads((out / "racdeploy.json").read_text(encoding="utf-8"))["artifacts"]
     assert "-experts75-rac-50" in main["path"]
-    assert inspect_path(out / main["path"])["summary"]["experts"] == "6 × 2"
+    assert inspect_path(out / main["path"]).summary["experts"] == "6 × 2"
 
 
 UNREACHABLE, UNCUT, UNEVEN = "share-not-reachable", "part-cannot-be-cut", "format-cannot-hold-cut"

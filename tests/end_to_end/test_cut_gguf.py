@@ -14,7 +14,7 @@ from tests.support.commands import racdeploy
 
 pytestmark = pytest.mark.slow
 KEPT = ("--keep", "ffn=0.75", "--keep", "heads=0.75")
-ASKED = ("--task", "gcd", "--trace-prompts", 32, "--prompts", 8, "--sparsity", 0.5)
+ASKED = ("--tasks", "gcd", "--trace-prompts", 32, "--prompts", 8, "--sparsity", 0.5)
 STORED = ("--quant", "q4_0", "--packing", "bitmask", "--set", 'export.rounding="optimized"')
 
 

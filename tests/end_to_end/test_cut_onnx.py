@@ -14,7 +14,7 @@ from tests.support.commands import racdeploy
 
 pytestmark = pytest.mark.slow
 KEPT = ("ffn=0.75", "heads=0.75", "blocks=0.75", "vocabulary=400")
-ASKED = ("--task", "gcd", "--trace-prompts", 32, "--prompts", 8, "--sparsity", 0.5)
+ASKED = ("--tasks", "gcd", "--trace-prompts", 32, "--prompts", 8, "--sparsity", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cut")
     parts = [word for part in KEPT for word in ("--keep", part)]
     outcome = racdeploy(
-        *("build", "tiny-reasoner", "--target", "onnx", "--also", "gguf", *ASKED, *parts),
+        *("build", "tiny-reasoner", "--target", "onnx", "--more-targets", "gguf", *ASKED, *parts),
         *("--work", folder / "work", "--out", folder / "bundle", "--threads", 1),
     )
     assert outcome.code in (1, 3), outcome.err

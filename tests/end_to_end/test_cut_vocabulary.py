@@ -16,7 +16,7 @@ from tests.support.commands import racdeploy
 
 KEPT = 400
 ASKED = (
-    *("--task", "gcd", "--trace-prompts", 32, "--set", f"structure.keep={{vocabulary={KEPT}}}"),
+    *("--tasks", "gcd", "--trace-prompts", 32, "--set", f"structure.keep={{vocabulary={KEPT}}}"),
     *("--set", 'export.rounding="nearest"'),  # as prune alone leaves it
 )
 
@@ -125,7 +125,7 @@ def test_too_few_tokens_are_refused_before_any_work(tmp_path: Path) -> None:
     """The message says the least; nothing was written."""
     few = ("--set", "structure.keep={vocabulary=270}")
     outcome = racdeploy(
-        "prune", "--task", "gcd", *few, "--work", tmp_path / "work", "--trace-prompts", 8
+        "prune", "--tasks", "gcd", *few, "--work", tmp_path / "work", "--trace-prompts", 8
     )
     assert (outcome.code, outcome.error_code) == (2, "vocabulary-too-small")
     assert re.search(r"--keep vocabulary=\d+ ", outcome.err)

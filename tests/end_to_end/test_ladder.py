@@ -31,7 +31,7 @@ def test_a_default_build_ships_a_rung(tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
-    asked = ("--task", f"jsonl:{problems}", "--recipe", tmp_path / "recipe.toml", "--threads", 1)
+    asked = ("--tasks", f"jsonl:{problems}", "--recipe", tmp_path / "recipe.toml", "--threads", 1)
     options = ("build", model, *asked, "--work", tmp_path / "work", "--out", tmp_path / "bundle")
 
     planned = racdeploy(*options, "--dry-run", "--json")

@@ -140,9 +140,15 @@ MISTAKES = {
         ("calibration.source", "'rac' or 'prompt'", "'cot'"),
     ),
     "two files for one engine": Mistake(
-        "build --dry-run --target gguf --also laptop-x86",
+        "build --dry-run --target gguf --more-targets laptop-x86",
         "targets-share-engine",
-        ("gguf", "laptop-x86", "llamacpp", "--also laptop-x86", "--quant NAME --out FOLDER"),
+        (
+            "gguf",
+            "laptop-x86",
+            "llamacpp",
+            "--more-targets laptop-x86",
+            "--quant NAME --out FOLDER",
+        ),
     ),
     "a GGUF file as the model": Mistake(
         "build model.gguf",
@@ -181,7 +187,7 @@ MISTAKES = {
         _make_nested,
     ),
     "three problems": Mistake(
-        "build --dry-run --task jsonl:three.jsonl",
+        "build --dry-run --tasks jsonl:three.jsonl",
         "no-problems-for-split",
         ("3 questions: 3 for calibration, 0 for evaluation", "20 different ones"),
         _write(
@@ -192,35 +198,35 @@ MISTAKES = {
         ),
     ),
     "one problem three hundred times": Mistake(
-        "build --dry-run --task jsonl:same.jsonl",
+        "build --dry-run --tasks jsonl:same.jsonl",
         "no-problems-for-split",
         ("299 of its 300 lines", "20 different ones"),
         _write("same.jsonl", 300 * PROBLEM),
     ),
     "a file as the task": Mistake(
-        "build --dry-run --task three.jsonl",
+        "build --dry-run --tasks three.jsonl",
         "file-as-task",
-        ("--task jsonl:three.jsonl",),
+        ("--tasks jsonl:three.jsonl",),
         _write("three.jsonl", THREE),
     ),
     "a table as the task": Mistake(
-        "build --dry-run --task data.csv",
+        "build --dry-run --tasks data.csv",
         "table-as-task",
         (".jsonl", "csv.DictReader"),
     ),
     "a benchmark as the task": Mistake(
-        "build --dry-run --task gsm8k",
+        "build --dry-run --tasks gsm8k",
         "task-needs-questions",
         ("hub:gsm8k", "gsm8k:PATH"),
     ),
     "wrong keys": Mistake(
-        "build --dry-run --task jsonl:keys.jsonl",
+        "build --dry-run --tasks jsonl:keys.jsonl",
         "missing-question",
         ("keys.jsonl:1", "prompt, gold", '{"question": "…"'),
         _write("keys.jsonl", '{"prompt": "2 + 2?", "gold": 4}'),
     ),
     "a file of another encoding": Mistake(
-        "build --dry-run --task jsonl:latin.jsonl",
+        "build --dry-run --tasks jsonl:latin.jsonl",
         "text-not-utf8",
         ("latin.jsonl", "byte 16", "iconv -f latin1 -t utf8 latin.jsonl"),
         _write("latin.jsonl", '{"question": "Größe?", "answer": 4}'.encode("latin-1")),
@@ -311,7 +317,7 @@ def test_a_mark_of_excel_is_no_mistake(tmp_path: Path, monkeypatch: pytest.Monke
     text = "\n".join([*rows, rows[0]])
     (tmp_path / "excel.jsonl").write_text(text, encoding="utf-8-sig")
 
-    code, output = _type("build --dry-run --task jsonl:excel.jsonl", tmp_path, monkeypatch)
+    code, output = _type("build --dry-run --tasks jsonl:excel.jsonl", tmp_path, monkeypatch)
     assert code == 0, output
     assert "1 lines that repeat another question" in output
 

@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (root / "recipe.toml").write_text(text, encoding="utf-8")
     outcome = command(
-        *("build", model, "--target", "onnx", "--task", f"jsonl:{root / 'problems.jsonl'}"),
+        *("build", model, "--target", "onnx", "--tasks", f"jsonl:{root / 'problems.jsonl'}"),
         *(
             "--recipe",
             root / "recipe.toml",
@@ -107,5 +107,7 @@ def test_a_changed_graph_is_noticed(root: Path) -> None:
 
 
 def test_two_targets_for_one_engine_are_refused(root: Path) -> None:
-    outcome = command("build", root / "model", "--target", "onnx", "--also", "browser", "--dry-run")
+    outcome = command(
+        "build", root / "model", "--target", "onnx", "--more-targets", "browser", "--dry-run"
+    )
     assert (outcome.code, outcome.error_code) == (2, "targets-share-engine")

@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(
             "build",
             model,
-            "--task",
+            "--tasks",
             f"jsonl:{root / 'problems.jsonl'}",
             "--recipe",
             root / "recipe.toml",

@@ -47,7 +47,7 @@ def options(tmp_path: Path) -> list[object]:
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
     task = f"jsonl:{tmp_path}/problems.jsonl"
-    asked: list[object] = ["--task", task, "--recipe", tmp_path / "recipe.toml", "--threads", 1]
+    asked: list[object] = ["--tasks", task, "--recipe", tmp_path / "recipe.toml", "--threads", 1]
     return [*asked, "--work", tmp_path / "work"]
 
 

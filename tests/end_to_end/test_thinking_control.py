@@ -39,7 +39,7 @@ def test_control_goes_from_the_recipe_into_the_bundle(tmp_path: Path) -> None:
 
     bundle = tmp_path / "bundle"
     outcome = racdeploy(
-        *("build", model, "--task", f"jsonl:{problems}", "--recipe", tmp_path / "recipe.toml"),
+        *("build", model, "--tasks", f"jsonl:{problems}", "--recipe", tmp_path / "recipe.toml"),
         *("--work", tmp_path / "work", "--out", bundle, "--threads", 1, "--json"),
     )
     assert outcome.code == 1, outcome.err
@@ -89,7 +89,7 @@ def test_a_shortened_model_is_compared_with_what_costs_no_training(tmp_path: Pat
     }
     bundle = tmp_path / "bundle"
     outcome = racdeploy(
-        *("build", "--target", "ci-smoke", "--task", "gcd", "--shorten", "--controls"),
+        *("build", "--target", "ci-smoke", "--tasks", "gcd", "--shorten", "--compare-same-size"),
         *("--trace-prompts", 8, "--prompts", 20, "--threads", 1, "--json"),
         *(part for key, value in settings.items() for part in ("--set", f"{key}={value!r}")),
         *("--work", tmp_path / "work", "--out", bundle),

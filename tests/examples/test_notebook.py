@@ -21,12 +21,12 @@ def test_the_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
-            source = source.replace("trace_prompts=128", "trace_prompts=16")
-            source = source.replace("prompts=200", "prompts=24")
+            source = source.replace('"traces.count": 128', '"traces.count": 16')
+            source = source.replace('"verify.count": 200', '"verify.count": 24')
             exec(compile(source, NOTEBOOK.name, "exec"), names)
 
     bundle, figure = names["bundle"], names["figure"]
-    assert bundle.size_bytes < bundle.dense_size_bytes
+    assert bundle.size_bytes < bundle.reference_size_bytes
     assert len(names["before"]) == len(names["after"]) == 24
     assert [len(axes.collections) + len(axes.patches) for axes in figure.axes] == [2, 1]
     assert names["result"].answer

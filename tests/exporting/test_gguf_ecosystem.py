@@ -63,9 +63,7 @@ def test_parts_load_in_llama_and_compute_the_same(
     assert not (tmp_path / "m.gguf").exists()
     first, second = ask_llama([whole.path, parts.path], IDS)
     np.testing.assert_array_equal(first.logits_TV, second.logits_TV)
-    assert [row["name"] for row in inspect_path(parts.path)["tensors"]] == [
-        t.name for t in whole.tensors
-    ]
+    assert [row.name for row in inspect_path(parts.path).tensors] == [t.name for t in whole.tensors]
 
 
 def test_parts_have_the_keys_of_gguf_split(checkpoint: Checkpoint, tmp_path: Path) -> None:

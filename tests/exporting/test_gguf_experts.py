@@ -105,8 +105,8 @@ def test_zeros_of_every_expert_are_counted(cut: Checkpoint, tmp_path: Path, quan
         assert not stored_OI[weight_OI == 0].any()
 
     assert 0.5 <= measure_sparsity(result, cut.shape.prunable_weights) < 0.6
-    assert inspect_path(result.path)["summary"]["experts"] == f"{KEPT} × 2"
-    assert inspect_path(cut.folder)["summary"]["experts"] == KEPT
+    assert inspect_path(result.path).summary["experts"] == f"{KEPT} × 2"
+    assert inspect_path(cut.folder).summary["experts"] == KEPT
 
 
 def test_each_expert_has_an_importance_of_its_own(cut: Checkpoint, tmp_path: Path) -> None:

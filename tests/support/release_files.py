@@ -50,7 +50,7 @@ def write_release_files(folder: Path, scratch: Path) -> None:
 
     bundle, task = folder / "bundle", f"jsonl:{questions}"
     options = ("--recipe", folder / "recipe.toml", "--work", scratch / "work", "--threads", 1)
-    _run("build", model, "--task", task, *options, "--packing", "bitmask", "--out", bundle)
+    _run("build", model, "--tasks", task, *options, "--packing", "bitmask", "--out", bundle)
     for name in FOR_PEOPLE:
         (bundle / name).unlink(missing_ok=True)
 
@@ -58,7 +58,7 @@ def write_release_files(folder: Path, scratch: Path) -> None:
     plain = scratch / "plain.gguf"
     _run("unpack", packed, "--out", plain)
     limits = ("--max-new-tokens", 24, "--context-tokens", 128, "--threads", 1)
-    _run("record", plain, "--task", task, "--prompts", 4, *limits, "--out", folder / "reference")
+    _run("record", plain, "--tasks", task, "--prompts", 4, *limits, "--out", folder / "reference")
 
     (folder / "tune.json").write_text(build_tuning().model_dump_json(), encoding="utf-8")
     _converse(bundle, folder / "conversation.json")

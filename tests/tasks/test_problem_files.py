@@ -111,13 +111,13 @@ def test_a_wrong_line_is_shown_with_what_it_has(
 @pytest.mark.parametrize(
     ("spec", "code", "remedy"),
     [
-        ("three.jsonl", "file-as-task", "--task jsonl:three.jsonl"),
-        ("data/three.json", "file-as-task", "--task jsonl:data/three.json"),
-        ("data.csv", "table-as-task", "< data.csv > data.jsonl, then --task jsonl:data.jsonl"),
+        ("three.jsonl", "file-as-task", "--tasks jsonl:three.jsonl"),
+        ("data/three.json", "file-as-task", "--tasks jsonl:data/three.json"),
+        ("data.csv", "table-as-task", "< data.csv > data.jsonl, then --tasks jsonl:data.jsonl"),
         (
             "jsonl:data.csv",
             "table-as-task",
-            "< data.csv > data.jsonl, then --task jsonl:data.jsonl",
+            "< data.csv > data.jsonl, then --tasks jsonl:data.jsonl",
         ),
         ("data.parquet", "table-as-task", '{"question": "…", "answer": "…"}'),
     ],

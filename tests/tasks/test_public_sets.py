@@ -174,12 +174,12 @@ def test_a_row_that_is_not_as_published_is_refused(
 @pytest.mark.parametrize(
     ("spec", "code", "told"),
     [
-        ("gsm8k", "task-needs-questions", "--task hub:gsm8k"),
-        ("gsm8k", "task-needs-questions", "--task gsm8k:PATH"),
-        ("hub:openai/gsm8k", "dataset-as-task", "--task hub:gsm8k"),
+        ("gsm8k", "task-needs-questions", "--tasks hub:gsm8k"),
+        ("gsm8k", "task-needs-questions", "--tasks gsm8k:PATH"),
+        ("hub:openai/gsm8k", "dataset-as-task", "--tasks hub:gsm8k"),
         ("hub:gsm8", "unknown-public-set", "'gsm8k'"),
-        ("hub:gcd", "unknown-public-set", "--task jsonl:FILE"),
-        ("hub:", "unknown-public-set", "--task jsonl:FILE"),
+        ("hub:gcd", "unknown-public-set", "--tasks jsonl:FILE"),
+        ("hub:", "unknown-public-set", "--tasks jsonl:FILE"),
         ("gsm8k:notes.txt", "unknown-suffix", ".jsonl, .json, .csv, .parquet"),
         ("gsm8k:absent.csv", "file-unreadable", "absent.csv"),
     ],
@@ -228,7 +228,7 @@ def test_calibration_alone_never_takes_the_test_questions() -> None:
 def test_a_set_without_training_questions_needs_something_to_calibrate_on() -> None:
     """Refused alone and by name; beside others those calibrate, which the plan says."""
     for calibration in ([], ["hub:aime24"]):
-        with raises("no-training-questions", "AIME 2024", "--calibration-task hub:math500"):
+        with raises("no-training-questions", "AIME 2024", "--calibration-tasks hub:math500"):
             TaskSet.load(["hub:aime24"], calibration)
 
     found = TaskSet.load(["hub:aime24", "hub:gsm8k"], [])

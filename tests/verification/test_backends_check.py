@@ -72,7 +72,7 @@ def test_one_engine_has_nobody_to_agree_with() -> None:
     found = backends.check(replace(evidence_of(20), other_artifacts=()))
     assert (found.verdict, found.remedy) == (
         "skipped",
-        "build it with a second target: --also TARGET",
+        "build it with a second target: --more-targets TARGET",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import pytest
 
 import racdeploy
-from racdeploy.api import jobs
+from racdeploy.api import verifications
+from racdeploy.api.options import CompareOptions, RecordOptions
 from racdeploy.recipe import Verification
 from racdeploy.verification.evidence import ArmResult
 from racdeploy.verification.reference import Reference
@@ -24,12 +24,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-def _fill(function: Any, **options: Any) -> dict[str, Any]:
-    """Return the options of a function of the library, with its defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return {each.name: each.default for each in parameters} | options
-
-
 @pytest.mark.parametrize("asked", [4, 3, 200])
 def test_a_file_is_asked_whole(bundle: Path, tmp_path: Path, asked: int) -> None:
     """Or as much of it as is wanted; the settings count the questions that there are."""
@@ -37,11 +31,11 @@ def test_a_file_is_asked_whole(bundle: Path, tmp_path: Path, asked: int) -> None
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
 
-    options: dict[str, Any] = {"task": [f"jsonl:{file}"], "prompts": asked, "work": tmp_path}
-    recorded, _, _ = jobs.open_recording(_fill(racdeploy.record, model=bundle, **options))
-    compared = jobs.open_comparison(
-        _fill(racdeploy.compare, candidates=[bundle], against=bundle, **options)
-    )
+    options: dict[str, Any] = {"tasks": (f"jsonl:{file}",), "prompts": asked, "work": tmp_path}
+    recording = RecordOptions(model=bundle, out=tmp_path / "reference", **options)
+    recorded, _ = verifications.open_recording(recording)
+    comparison = CompareOptions(candidates=(str(bundle),), against=str(bundle), **options)
+    compared = verifications.open_comparison(comparison)
     assert len(recorded.problems) == min(asked, 4)
     assert recorded.settings.count == min(asked, 4)
     assert recorded.problems == compared.examiner.problems
@@ -84,7 +78,7 @@ def test_a_reference_fixes_its_options(
 ) -> None:
     """Another value is refused before any work, with the line that records again."""
     option = f"--{name.replace('_', '-')} {value}"
-    line = "racdeploy record f16.gguf --task 'jsonl:q 1.jsonl' "
+    line = "racdeploy record f16.gguf --tasks 'jsonl:q 1.jsonl' "
     with raises("reference-fixes-options", line, option, f"--out {recorded}"):
         racdeploy.compare([bundle], against=recorded, **{name: value})
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from racdeploy.api.jobs import read_job
+from racdeploy.api.builds import open_job
+from racdeploy.api.options import BuildOptions
 from racdeploy.errors import exit_code_of
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
@@ -140,7 +141,7 @@ def test_a_gate_may_keep_its_limits_for_few_prompts() -> None:
 )
 def test_prompts_that_a_user_types_win_over_the_tiers(options: dict[str, Any]) -> None:
     """So many are asked, and limits are those that so many can show."""
-    job = read_job({"tier": "smoke", "task": ["gcd"], **options})
+    job = open_job(BuildOptions(tasks=("gcd",), **options), "smoke")
     assert len(job.problems("evaluation")) == 24
     margin = job.gate.limits(accuracy.Limits).margin
     assert margin == read_gate().for_tier("smoke", 24).limits(accuracy.Limits).margin > 0.189

@@ -49,7 +49,7 @@ def check(evidence: Evidence) -> Outcome:
     if not dense_correct:
         nothing = f"the {evidence.roles[0]} model answers none of {prompts} prompts right"
         summary = f"{nothing}, so there is nothing to lose"
-        remedy = f"choose a task the {evidence.roles[0]} model can do: --task"
+        remedy = f"choose a task the {evidence.roles[0]} model can do: --tasks"
         return Outcome("inconclusive", summary, figures, remedy)
 
     requested = evidence.gate.original.limits(Limits).margin

@@ -41,7 +41,7 @@ def check(evidence: Evidence) -> Outcome:
     """Pass if every other artifact is as accurate as the main one and thinks as long."""
     if not evidence.other_artifacts:
         summary = "the bundle has an artifact for one engine"
-        remedy = "build it with a second target: --also TARGET"
+        remedy = "build it with a second target: --more-targets TARGET"
         return Outcome("skipped", summary, remedy=remedy)
 
     results = [_compare(evidence, other.arm, other.backend) for other in evidence.other_artifacts]
