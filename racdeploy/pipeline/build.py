@@ -27,6 +27,7 @@ from racdeploy.pipeline.forecast import estimate_seconds
 from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import list_metadata, name_artifact, name_model
+from racdeploy.pipeline.phase_training import PhaseTrainer
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage
 from racdeploy.pipeline.pruned_folder import read_pruned
@@ -138,10 +139,10 @@ class Build:
         """Do this process's share of the first one's jobs until they end."""
         build = self
 
-        def find_stage(name: str) -> TraceStage | PruneStage | RecoverStage:
+        def find_stage(name: str) -> TraceStage | PruneStage | PhaseTrainer:
             if name == "traces":
                 return build.trace_stage
-            return build.prune_stage if name == "prune" else build.recover_stage
+            return build.prune_stage if name == "prune" else build.recover_stage.trainer
 
         for name, arguments in self.processes.receive_jobs(
             lambda name: describe_code(find_stage(name))
@@ -177,10 +178,10 @@ class Build:
 
         prompts = len(job.problems("calibration"))
         stage = ShortenStage(
-            self.recover_stage, job.encoder, prompts, f"{job.model.name}-shortened"
+            self.recover_stage.trainer, job.encoder, prompts, f"{job.model.name}-shortened"
         )
         shortened = stage.run(sample)
-        described = describe_code(self.recover_stage)
+        described = describe_code(self.recover_stage.trainer)
         with self.processes.announce_job("shortened", described, {"model": shortened}):
             return self._with_shortened(shortened)
 

@@ -1,4 +1,4 @@
-"""The recover stage: a pruned model learns from the dense one; torch is imported when needed.
+"""The recover stage: a pruned model learns from the dense one, phase after phase.
 
 Phases: distillation on the dense model's traces, one phase for each method; then on-policy, on its
 own answers, with the dense model's probability of each token; scales last, once codes are chosen.
@@ -8,29 +8,24 @@ After each phase the model answers the calibration prompts; a phase that made it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from racdeploy.errors import EnvironmentFailure, UsageError
-from racdeploy.files.reading import Json
-from racdeploy.files.stages import Stage, scratch_folder
+from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workspace import Workspace, describe_code, notify
-from racdeploy.processes.cores import has_fast_bfloat16
+from racdeploy.pipeline.phase_training import PhaseTrainer, TrainingRequest
+from racdeploy.pipeline.recovery_phases import Phase, list_phases
+from racdeploy.pipeline.recovery_state import State, mark
+from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.results.plan import RecoveryPlan
-from racdeploy.results.pruning import RecoveryRow, list_phase_ends
+from racdeploy.results.pruning import list_phase_ends
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.probe import ProbeResult
-from racdeploy.traces.select import select_traces
-from racdeploy.traces.text import choose_text_traces, read_text_traces
-from racdeploy.traces.trace import Trace, count_tokens, hash_ids
-
-if TYPE_CHECKING:
-    from racdeploy.recovery.training_run import LogRow, TrainingRun
+from racdeploy.traces.select import TraceSelection, select_traces
+from racdeploy.traces.trace import Trace, count_tokens
 
 PROBE_PROMPTS = 512
 """Maximum number of calibration prompts that judge a phase: always the first ones."""
@@ -48,28 +43,45 @@ returns the new folder."""
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A part of the recovery: method, dense or own answers, number of tokens, and objective."""
+class _RecoveryContext:
+    """What the phases of one recovery have in common.
+
+    Args:
+        name: name of the recovered model's folder.
+        start: folder of the pruned model.
+        dense: traces of the dense model.
+        unseen: indices of the prompts that nothing is learned from.
+        request: with the dense model's traces to learn from.
+    """
 
     name: str
-    method: str
-    is_on_policy: bool
-    tokens: int
-    objective: str = "distill"
+    start: Path
+    dense: Sequence[Trace]
+    unseen: frozenset[int]
+    request: TrainingRequest
+    collect: CollectTraces
+    choose_codes: ChooseCodes | None
 
+    def probe(self, folder: Path, phase: Phase | None) -> State:
+        """Let a model answer the prompts that judge it and those that the next phase trains on."""
+        needed = PROBE_PROMPTS
+        if phase and phase.is_on_policy:
+            tokens = phase.tokens * len(self.dense) / count_tokens(self.dense)
+            needed = max(needed, math.ceil(tokens))
 
-@dataclass(frozen=True)
-class State:
-    """A model between phases, how it answers, and the record of the recovery so far."""
+        first = needed if needed < len(self.dense) else 0
+        _, answers = self.collect(folder, first)
+        probe = ProbeResult.measure(answers[:PROBE_PROMPTS], self.dense[:PROBE_PROMPTS])
+        return State(folder, probe, answers)
 
-    folder: Path
-    probe: ProbeResult
-    answers: Sequence[Trace]
-    tokens: int = 0  # trained on since the start, in undone phases too
-    is_exhausted: bool = False  # a round of own answers brought no gain
-    is_coded: bool = False
-    rows: tuple[RecoveryRow, ...] = ()
-    notes: tuple[str, ...] = ()
+    def with_codes(self, state: State) -> State:
+        """Return a model with the codes of its number format, unless it has or needs none."""
+        # A model without a gain gets no codes here: pruning chooses better ones.
+        if self.choose_codes is None or state.folder == self.start or state.is_coded:
+            return state
+        folder = self.choose_codes(state.folder, self.dense, self.name)
+        note = "the codes of the number format were chosen after recovery"
+        return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,11 @@ class RecoverStage:
     encoder: PromptEncoder
     settings: Recovery
     calibration: Calibration
+
+    @property
+    def trainer(self) -> PhaseTrainer:
+        """The training of a phase."""
+        return PhaseTrainer(self.workspace, self.dense, self.encoder, self.settings)
 
     def run(
         self,
@@ -101,51 +118,24 @@ class RecoverStage:
         _, dense = collect(None, 0)
         # All traces, beyond the token budget of pruning: more training data does no harm.
         chosen = select_traces(dense, self.calibration.model_copy(update={"max_tokens": 0}))
+        request = self._prepare(model, chosen)
+        methods = choose_methods(self.trainer.training_run(Path(), name, request))
+        phases = list_phases(self.settings, methods)
 
-        eval_tokens = min(MAX_EVAL_TOKENS, max(MIN_EVAL_TOKENS, self.settings.tokens // 25))
-        held_out = spread_evenly(chosen.held_out, eval_tokens)
-        unseen = frozenset(trace.index for trace in chosen.held_out)
-        if not held_out:
-            raise UsageError(
-                "no-held-out-traces",
-                "recovery needs held-out traces to choose the best state",
-                remedy="raise traces.count or calibration.held_out_share",
-            )
-
-        # A model that lost blocks learns each block from the dense block that it was.
-        sources = model.source_blocks or [row.source_block for row in model.structure]
-        shared = self.share_arguments(model.folder, chosen.calibration, held_out, sources)
-        phases = list_phases(self.settings, choose_methods(self.training_run(Path(), name, shared)))
-        following = [*phases, None]
-        state = start = _ask(collect, dense, following.pop(0), model.folder)
-
-        def settle(state: State) -> State:
-            # A model without a gain gets no codes here: pruning chooses better ones.
-            if choose_codes is None or state.folder == model.folder or state.is_coded:
-                return state
-            folder = choose_codes(state.folder, dense, name)
-            note = "the codes of the number format were chosen after recovery"
-            return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
-
-        for phase, after in zip(phases, following, strict=True):
-            if phase.method == "scales":
-                state = settle(state)
-            train_traces = chosen.calibration
-            if phase.is_on_policy:
-                if state.is_exhausted:
-                    continue  # the same round would run again
-                # Held-out prompts stay out of the training, in the model's own answers too.
-                train_traces = [trace for trace in state.answers if trace.index not in unseen]
-
-            before = state
-            state = self.teach(phase, before, name, shared, train_traces)
-            if state.folder != before.folder:  # otherwise no state was better than the start
-                probed = _ask(collect, dense, after, state.folder)
-                state = self._judge(phase, before, state, probed)
-            is_exhausted = phase.is_on_policy and state.folder == before.folder
-            state = replace(state, is_exhausted=is_exhausted)
-
-        return self._conclude(model, start.probe, settle(state))
+        context = _RecoveryContext(
+            name=name,
+            start=model.folder,
+            dense=dense,
+            unseen=frozenset(trace.index for trace in chosen.held_out),
+            request=request,
+            collect=collect,
+            choose_codes=choose_codes,
+        )
+        upcoming = [*phases, None]
+        start = state = context.probe(model.folder, upcoming[0])
+        for phase, following in zip(phases, upcoming[1:], strict=True):
+            state = self._run_phase(context, phase, following, state)
+        return self._conclude(model, start.probe, context.with_codes(state))
 
     def plan(self, max_trace_tokens: int) -> RecoveryPlan:
         """Return tokens, phases and memory of recovery, for traces up to a length.
@@ -158,8 +148,8 @@ class RecoverStage:
         from racdeploy.recovery.cost import choose_methods
 
         trace = Trace(0, "", "", "", prompt_ids=(0,) * max_trace_tokens)
-        shared = self.share_arguments(self.dense.folder, [trace], [])
-        training_run = self.training_run(Path(), "", shared)
+        request = self.trainer.prepare(self.dense.folder, [trace], [])
+        training_run = self.trainer.training_run(Path(), "", request)
 
         methods = choose_methods(training_run)
         phases = list_phases(self.settings, methods)
@@ -170,6 +160,49 @@ class RecoverStage:
             recover_phases=", ".join(f"{phase.name} {phase.tokens:,}" for phase in phases),
             recover_memory_bytes_at_most=memory,
         )
+
+    def _prepare(self, model: PrunedModel, chosen: TraceSelection) -> TrainingRequest:
+        """Return what all phases learn from.
+
+        Raises:
+            UsageError: no trace is held out.
+        """
+        eval_tokens = min(MAX_EVAL_TOKENS, max(MIN_EVAL_TOKENS, self.settings.tokens // 25))
+        held_out = spread_evenly(chosen.held_out, eval_tokens)
+        if not held_out:
+            raise UsageError(
+                "no-held-out-traces",
+                "recovery needs held-out traces to choose the best state",
+                remedy="raise traces.count or calibration.held_out_share",
+            )
+
+        # A model that lost blocks learns each block from the dense block that it was.
+        sources = model.source_blocks or [row.source_block for row in model.structure]
+        return self.trainer.prepare(model.folder, chosen.calibration, held_out, sources)
+
+    def _run_phase(
+        self, context: _RecoveryContext, phase: Phase, following: Phase | None, state: State
+    ) -> State:
+        """Return the state after a phase, or the one before if it made the model no better."""
+        if phase.trains_scales:
+            state = context.with_codes(state)
+
+        request = context.request
+        if phase.is_on_policy:
+            if state.is_exhausted:
+                return state  # the same round would run again
+            # Held-out prompts stay out of the training, in the model's own answers too.
+            own = [trace for trace in state.answers if trace.index not in context.unseen]
+            request = replace(request, train_traces=own)
+
+        before = state
+        state = self.trainer.teach(phase, before, context.name, request)
+        if state.folder != before.folder:  # otherwise no state was better than the start
+            probed = context.probe(state.folder, following)
+            state = self._judge(phase, before, state, probed)
+
+        is_exhausted = phase.is_on_policy and state.folder == before.folder
+        return replace(state, is_exhausted=is_exhausted)
 
     def _judge(self, phase: Phase, before: State, after: State, probed: State) -> State:
         """Return the state after a phase, or the one before if the phase made the model worse."""
@@ -212,166 +245,6 @@ class RecoverStage:
             notes=tuple(notes),
         )
 
-    def share_arguments(
-        self,
-        sparse: Path,
-        train_traces: Sequence[Trace],
-        held_out: Sequence[Trace],
-        sources: Sequence[int] = (),
-    ) -> Json:
-        """Return the arguments that all phases of a model share, as sent to other processes.
-
-        ``sources`` are the dense blocks that its blocks were; empty for all in order.
-        """
-        text: list[Trace] = []
-        text_held_out: list[Trace] = []
-        if self.settings.extra_text:
-            text, text_held_out = read_text_traces(self.settings.extra_text, self.encoder)
-
-        return {
-            "sparse": sparse,
-            "dense": self.dense.folder.resolve(),
-            "phase": Phase("", "", False, 0),
-            "brief_prompts": {},
-            "train_text": text,
-            "training": {
-                "sources": tuple(sources or range(self.dense.shape.block_count)),
-                "train_traces": train_traces,
-                "held_out": held_out,
-                "text": text_held_out,
-                "settings": self._choose_settings(),
-            },
-        }
-
-    def _choose_settings(self) -> Recovery:
-        """Return the recipe's settings, with ``auto`` resolved on this machine."""
-        from racdeploy.pruning.device import choose_device
-
-        device = choose_device(self.settings.device).type
-        compute = self.settings.compute
-        if compute == "auto":
-            is_fast = device != "cpu" or has_fast_bfloat16()
-            compute = "bfloat16" if is_fast else "float32"
-
-        return self.settings.model_copy(update={"device": device, "compute": compute})
-
-    def teach(
-        self, phase: Phase, state: State, name: str, arguments: Json, train_traces: Sequence[Trace]
-    ) -> State:
-        """Run one phase, or take the result of an earlier run."""
-        # The folder of a phase is decided by all that it learns from, and by nothing else.
-        sparse = Checkpoint(state.folder)
-        training = arguments["training"] | {"train_traces": train_traces}
-
-        inputs = describe_code(self) | {
-            "sparse": sparse.sha256,
-            "dense": self.dense.sha256,
-            "phase": asdict(phase),
-            "traces": hash_ids(train_traces),
-            "held_out": hash_ids(training["held_out"]),
-            "text": hash_ids([*arguments["train_text"], *training["text"]]),
-            "recover": training["settings"].model_dump(exclude=_PHASE_INDEPENDENT),
-        }
-
-        stage = self.workspace.open("recover", inputs)
-        if not stage.is_finished:
-            phase_arguments = {
-                "sparse": sparse.folder.resolve(),
-                "sha256": sparse.sha256,
-                "phase": phase,
-            }
-            stage.finish(
-                self._learn(stage, name, arguments | phase_arguments | {"training": training})
-            )
-
-        return _after(phase, state, stage, name)
-
-    def _learn(self, stage: Stage, name: str, arguments: Json) -> Json:
-        with self.workspace.processes.announce_job("recover", describe_code(self), arguments):
-            training_run, log = self.train(stage.folder, name, arguments)
-
-        # Keep the phase only if some state after the start is nearer to the dense model.
-        first, *later = (row.kl_nats for row in log)
-        better = first is not None and any(kl is not None and kl < first for kl in later)
-        if better:
-            training_run.write()
-        training_run.remove_states()
-
-        return {"log": [asdict(row) for row in log], "better": better}
-
-    def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
-        """Do the share of a process other than the first one."""
-        with scratch_folder(self.workspace.work, self.workspace.processes.rank) as scratch:
-            self.train(scratch, scratch.name, arguments)
-
-    def train(
-        self, folder: Path, name: str, arguments: Mapping[str, Any]
-    ) -> tuple[TrainingRun, list[LogRow]]:
-        """Run one phase in all processes together; only the first one's folder is kept."""
-        from racdeploy import recovery
-        from racdeploy.recovery.on_policy import truncate_own_answers
-        from racdeploy.recovery.training_run import LogRow
-
-        sparse: Path = arguments["sparse"]
-        processes = self.workspace.processes
-        if processes.world_size > 1:
-            is_file = (sparse / "config.json").is_file()
-            is_present = is_file and Checkpoint(sparse).sha256 == arguments["sha256"]
-            present = processes.all_gather(is_present)
-            if not all(present):
-                raise EnvironmentFailure(
-                    "work-folder-not-shared",
-                    f"process {present.index(False)} does not have the pruned model in {sparse}",
-                    remedy="recovery on several machines needs a --work folder on a shared file "
-                    "system, under the same path on each",
-                )
-
-        phase: Phase = arguments["phase"]
-        training_run = self.training_run(folder, name, arguments)
-        processes.set_threads(self.workspace.threads)
-        objective = recovery.load_objective(phase.objective)
-        if phase.is_on_policy and objective.purpose == "recover":
-            training_run = truncate_own_answers(training_run)
-
-        if not training_run.train_traces:
-            return training_run, [LogRow(0, note="no own answer stays near the dense model's")]
-
-        training_run.report_progress(0)
-        text = arguments["train_text"]
-        if text:  # cut to its share of the training tokens
-            text = choose_text_traces(
-                text,
-                count_tokens(training_run.train_traces),
-                training_run.settings.extra_text_share,
-            )
-        training_run = replace(training_run, train_traces=(*training_run.train_traces, *text))
-        return training_run, recovery.load(phase.method).recover(training_run)
-
-    def training_run(self, folder: Path, name: str, arguments: Mapping[str, Any]) -> TrainingRun:
-        """Return the training of a phase in this process; only the first one reports progress."""
-        from racdeploy.pruning.device import choose_device
-        from racdeploy.recovery.training_run import TrainingRun
-
-        workspace = self.workspace
-        phase: Phase = arguments["phase"]
-        first = workspace.processes.is_first
-
-        return TrainingRun(
-            sparse=Checkpoint(arguments["sparse"]),
-            dense=Checkpoint(arguments["dense"]),
-            tokens=phase.tokens,
-            objective=phase.objective,
-            brief_prompts=arguments["brief_prompts"],
-            direction="reverse" if phase.is_on_policy else "forward",
-            folder=folder,
-            out=folder / name,
-            device=choose_device(arguments["training"]["settings"].device),
-            progress=workspace.progress if first else None,
-            notify=notify if first else None,
-            processes=workspace.processes,
-            **arguments["training"],
-        )
-
     def _find_loss(self, probe: ProbeResult, before: ProbeResult) -> str:
         """Return a clause on how a phase made the model worse, or an empty string."""
         if before.accuracy - probe.accuracy > self.settings.max_accuracy_drop:
@@ -387,98 +260,7 @@ class RecoverStage:
         return ""
 
 
-_PHASE_INDEPENDENT = {
-    *("tokens", "methods", "on_policy", "rounds", "max_accuracy_drop", "extra_text"),
-    *("shorten", "objective", "samples", "instruction"),
-}
-"""Settings that do not change a phase, beyond its own name, method and tokens."""
-
-
-def _ask(
-    collect: CollectTraces, dense: Sequence[Trace], phase: Phase | None, folder: Path
-) -> State:
-    """Let a model answer the prompts that judge it and those that the next phase trains on."""
-    needed = PROBE_PROMPTS
-    if phase and phase.is_on_policy:
-        needed = max(needed, math.ceil(phase.tokens * len(dense) / count_tokens(dense)))
-
-    first = needed if needed < len(dense) else 0
-    _, answers = collect(folder, first)
-    return State(
-        folder, ProbeResult.measure(answers[:PROBE_PROMPTS], dense[:PROBE_PROMPTS]), answers
-    )
-
-
 def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:
     """Return traces spread over all, with at most about ``tokens`` tokens, and at least one."""
     count = min(len(traces), max(1, len(traces) * tokens // max(1, count_tokens(traces))))
     return [traces[part * len(traces) // count] for part in range(count)]
-
-
-def list_phases(settings: Recovery, methods: Sequence[str]) -> list[Phase]:
-    """Return the phases in order, with the tokens of each; phases without tokens are left out.
-
-    The dense model's traces come first: without them the model's own answers are too poor to learn
-    from. Scales come last, when the weights are final.
-    """
-    own_tokens = round(settings.on_policy * settings.tokens)
-    dense_tokens = settings.tokens - own_tokens
-
-    # Scales are few parameters: a tenth of the tokens is enough, if weights learn too.
-    shares = {name: 0.1 if name == "scales" and len(methods) > 1 else 1.0 for name in methods}
-    phases = [
-        Phase(method, method, False, round(dense_tokens * shares[method] / sum(shares.values())))
-        for method in methods
-    ]
-
-    teacher = max(methods, key=shares.__getitem__)
-    for number in range(settings.rounds):
-        name = f"own answers {number + 1}"
-        phases.append(Phase(name, teacher, True, own_tokens // settings.rounds))
-
-    phases.sort(key=lambda phase: shares[phase.method], reverse=True)
-    return [phase for phase in phases if phase.tokens]
-
-
-def _after(phase: Phase, state: State, stage: Stage, name: str) -> State:
-    """Return the state after a phase, with the rows of its curve."""
-    # Every phase evaluates its start, but the curve needs only the first one's.
-    summary = stage.summary
-    rows = [
-        RecoveryRow(
-            phase=phase.name if row["tokens"] else "start",
-            tokens=state.tokens + row["tokens"],
-            loss=row["loss"],
-            kl_nats=row["kl_nats"],
-            text_kl_nats=row["text_kl_nats"],
-            kept=summary["better"] or not row["tokens"],
-        )
-        for row in summary["log"]
-        if row["tokens"] or not state.rows
-    ]
-
-    ended = summary["log"][-1]["note"]
-    notes = (f"recovery, {phase.name}: {ended}",) if ended else ()
-
-    return replace(
-        state,
-        folder=stage.folder / name if summary["better"] else state.folder,
-        tokens=state.tokens + phase.tokens,
-        rows=(*state.rows, *rows),
-        notes=(*state.notes, *notes),
-    )
-
-
-def mark(
-    rows: Sequence[RecoveryRow], phase: str, probe: ProbeResult, *, kept: bool
-) -> tuple[RecoveryRow, ...]:
-    """Return the rows with a phase marked as kept or undone, and its accuracy on the last row."""
-    marked = []
-    changes: Json = {"kept": kept, "accuracy": probe.accuracy}
-    for row in reversed(rows):
-        if row.phase == phase:
-            row = row.model_copy(update=changes)
-            changes.pop("accuracy", None)
-        marked.append(row)
-
-    return tuple(reversed(marked))

@@ -15,7 +15,9 @@ from pathlib import Path
 from racdeploy import recovery
 from racdeploy.engines.engine import Ids
 from racdeploy.errors import UsageError
-from racdeploy.pipeline.recover_stage import Phase, RecoverStage, State, mark
+from racdeploy.pipeline.phase_training import PhaseTrainer
+from racdeploy.pipeline.recovery_phases import Phase
+from racdeploy.pipeline.recovery_state import State, mark
 from racdeploy.results.pruning import RecoveryRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.probe import ProbeResult
@@ -26,6 +28,8 @@ HELD_OUT_SHARE = 0.25
 _EPOCHS = 2
 _MIN_GAIN = 0.02
 """Share of the thinking that a round must save to be kept."""
+
+_ALL_PROMPTS = 0
 
 SampleAnswers = Callable[[Path | None, int], Sequence[Trace]]
 """Returns a model's answers to the first prompts, ``recover.samples`` to each. It takes the model's
@@ -45,7 +49,7 @@ class ShortenedModel:
 class ShortenStage:
     """The stage that shortens the thinking of a dense model; ``teacher`` trains it."""
 
-    teacher: RecoverStage
+    teacher: PhaseTrainer
     encoder: PromptEncoder
     prompts: int
     name: str
@@ -56,11 +60,12 @@ class ShortenStage:
         Raises:
             UsageError: no answer of the dense model is right.
         """
-        settings, dense = self.teacher.settings, self.teacher.dense.folder
+        settings = self.teacher.settings
+        dense = self.teacher.dense.folder
         held_prompts = max(1, round(HELD_OUT_SHARE * self.prompts))
         held = held_prompts * settings.samples
 
-        answers = sample(None, 0)
+        answers = sample(None, _ALL_PROMPTS)
         if not any(answer.correct for answer in answers):
             raise UsageError(
                 "nothing-right-to-shorten",
@@ -76,7 +81,9 @@ class ShortenStage:
             if taught.folder == state.folder:
                 return self._conclude(start, taught)
 
-            answers = sample(taught.folder, held_prompts * (number == settings.rounds))
+            # Nothing is learned after the last round: only the answers that judge are needed.
+            is_last = number == settings.rounds
+            answers = sample(taught.folder, held_prompts if is_last else _ALL_PROMPTS)
             probe = ProbeResult.measure(answers[:held], dense_answers)
             reason = self._find_loss(state.probe, probe)
             rows = mark(taught.rows, f"shorter {number}", probe, kept=not reason)
@@ -96,21 +103,26 @@ class ShortenStage:
 
         settings = self.teacher.settings
         held_out, train = state.answers[:held], state.answers[held:]
-        shared = self.teacher.share_arguments(state.folder, train, held_out)
+        request = self.teacher.prepare(state.folder, train, held_out)
         objective = recovery.load_objective(settings.objective)
         if objective.needs_brief_prompts:
-            shared["brief_prompts"] = self._write_brief_prompts(state.answers)
+            request = replace(request, brief_prompts=self._write_brief_prompts(state.answers))
 
-        answers = group_answers(train, shared["brief_prompts"])
+        answers = group_answers(train, request.brief_prompts)
         examples = objective.choose_examples(answers)
         if all(example.is_distilled for example in examples):
             note = f"shorten: round {number} found no prompt with a shorter right answer"
             return replace(state, notes=(*state.notes, note))
 
         tokens = _EPOCHS * sum(count_tokens(example.traces) for example in examples)
-        method = (*settings.methods, "full")[0]
-        phase = Phase(f"shorter {number}", method, True, tokens, settings.objective)
-        return self.teacher.teach(phase, state, self.name, shared, train)
+        phase = Phase(
+            name=f"shorter {number}",
+            method=settings.methods[0] if settings.methods else "full",
+            is_on_policy=True,
+            tokens=tokens,
+            objective=settings.objective,
+        )
+        return self.teacher.teach(phase, state, self.name, request)
 
     def _write_brief_prompts(self, answers: Sequence[Trace]) -> dict[Ids, Ids]:
         """Return, for each prompt, its ids with the instruction as a system prompt."""
@@ -142,14 +154,11 @@ class ShortenStage:
                 f"{start.accuracy:.1%} → {state.probe.accuracy:.1%} right"
             )
         # What was measured is the objective's loss, no divergence.
-        rows = tuple(
-            row.model_copy(
-                update={
-                    "phase": row.phase.replace("start", "shorter 0"),
-                    "kl_nats": None,
-                    "text_kl_nats": None,
-                }
-            )
-            for row in mark(state.rows, "start", start, kept=True)
-        )
-        return ShortenedModel(state.folder if kept else None, rows, (*state.notes, note))
+        no_divergence = {"kl_nats": None, "text_kl_nats": None}
+        rows = []
+        for row in mark(state.rows, "start", start, kept=True):
+            phase = "shorter 0" if row.phase == "start" else row.phase
+            rows.append(row.model_copy(update={"phase": phase, **no_divergence}))
+
+        folder = state.folder if kept else None
+        return ShortenedModel(folder, tuple(rows), (*state.notes, note))

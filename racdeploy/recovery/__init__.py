@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 class RecoverMethod(Protocol):
     """Interface of a recovery method's module.
 
+    ``TRAINS_SCALES`` is True if it trains scales of chosen codes: it comes last, with few tokens.
     ``peak_bytes`` returns the peak memory in bytes. ``recover`` trains in ``run.folder``, resumes
     there after an interruption, and returns the training log; the caller writes the best state
     with :meth:`TrainingRun.write <racdeploy.recovery.training_run.TrainingRun.write>`.
     """
+
+    TRAINS_SCALES: bool
 
     def peak_bytes(self, run: TrainingRun) -> int: ...
 

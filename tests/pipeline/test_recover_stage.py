@@ -16,13 +16,9 @@ import pytest
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import recover_stage
-from racdeploy.pipeline.recover_stage import (
-    CollectTraces,
-    Phase,
-    RecoverStage,
-    list_phases,
-    spread_evenly,
-)
+from racdeploy.pipeline.phase_training import PhaseTrainer, TrainingRequest
+from racdeploy.pipeline.recover_stage import CollectTraces, RecoverStage, spread_evenly
+from racdeploy.pipeline.recovery_phases import Phase, list_phases
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
@@ -204,14 +200,14 @@ def test_prompts_that_are_looked_at_teach_nothing(
 ) -> None:
     """Neither the dense model's traces of them nor the own answers: else a look would flatter."""
     seen: dict[str, set[int]] = {"train_traces": set(), "held_out": set()}
-    learn = RecoverStage.train
+    learn = PhaseTrainer.train
 
-    def watch(self: RecoverStage, folder: Path, name: str, given: dict[str, Any]) -> Any:
+    def watch(self: PhaseTrainer, folder: Path, name: str, request: TrainingRequest) -> Any:
         for key, indices in seen.items():
-            indices.update(trace.index for trace in given["training"][key])
-        return learn(self, folder, name, given)
+            indices.update(trace.index for trace in getattr(request, key))
+        return learn(self, folder, name, request)
 
-    monkeypatch.setattr(RecoverStage, "train", watch)
+    monkeypatch.setattr(PhaseTrainer, "train", watch)
     found = run(stage, model, Asked(tmp_path, [0.5, 0.9, 0.9, 0.9]))
     assert any(row.phase.startswith("own") for row in found.recovery) or found.notes
     assert seen["held_out"]

@@ -14,11 +14,11 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.recover_stage import RecoverStage
+from racdeploy.pipeline.phase_training import PhaseTrainer
 from racdeploy.pipeline.shorten_stage import ShortenedModel, ShortenStage
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning.process_group import ProcessGroup
-from racdeploy.recipe import Calibration, Recipe, Recovery
+from racdeploy.recipe import Recipe, Recovery
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
@@ -70,7 +70,7 @@ def shorten(
 ) -> ShortenedModel:
     """Run the stage as the build does."""
     dense, encoder = Checkpoint(model), PromptEncoder.from_folder(model)
-    teacher = RecoverStage(Workspace(work, 1), dense, encoder, settings, Calibration())
+    teacher = PhaseTrainer(Workspace(work, 1), dense, encoder, settings)
     return ShortenStage(teacher, encoder, PROMPTS, "tiny-shortened").run(sampled)
 
 

@@ -20,11 +20,12 @@ import torch
 
 from racdeploy import recovery
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.recover_stage import RecoverStage
+from racdeploy.pipeline.phase_training import PhaseTrainer
+from racdeploy.pipeline.recovery_phases import Phase
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning.process_group import ProcessGroup, join_process_group
 from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE
-from racdeploy.recipe import Calibration, Recovery
+from racdeploy.recipe import Recovery
 from racdeploy.recovery import training, training_batches
 from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training_batches import split_evenly
@@ -369,11 +370,14 @@ def test_a_process_without_the_pruned_model_ends_the_job(tmp_path: Path) -> None
     dense = Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
     place = Workspace(tmp_path / "work", 1, None, _Differing())
     encoder = PromptEncoder.from_folder(dense.folder)
-    stage = RecoverStage(place, dense, encoder, Recovery(), Calibration())
+    trainer = PhaseTrainer(place, dense, encoder, Recovery())
 
-    given = {"sparse": dense.folder, "sha256": dense.sha256}
+    phase = Phase("full", "full", is_on_policy=False, tokens=100)
+    request = replace(
+        trainer.prepare(dense.folder, (), ()), sparse_sha256=dense.sha256, phase=phase
+    )
     with raises("work-folder-not-shared", "process 1 ", str(dense.folder)):
-        stage.train(tmp_path, "model", given)
+        trainer.train(tmp_path, "model", request)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from racdeploy.recovery import cost
 from racdeploy.recovery.blockwise_training import BlockwiseTraining
 from racdeploy.recovery.training_run import LogRow, TrainingRun
 
+TRAINS_SCALES = False
+
 
 def peak_bytes(run: TrainingRun) -> int:
     """Return the peak memory of :func:`recover` in bytes."""

@@ -6,6 +6,8 @@ from racdeploy.recovery import cost
 from racdeploy.recovery.training import distill
 from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
 
+TRAINS_SCALES = False
+
 
 def peak_bytes(run: TrainingRun) -> int:
     """Return the peak memory of :func:`recover` in bytes."""

@@ -12,6 +12,8 @@ from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training import distill
 from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
 
+TRAINS_SCALES = True
+
 
 def peak_bytes(run: TrainingRun) -> int:
     """Return the peak memory of :func:`recover` in bytes."""

@@ -4,6 +4,8 @@ from racdeploy.recovery import cost
 from racdeploy.recovery.training import distill
 from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
 
+TRAINS_SCALES = False
+
 
 def peak_bytes(run: TrainingRun) -> int:
     """Return what :func:`recover` takes at most in memory."""
