@@ -34,18 +34,21 @@ class State:
             trained: folder of its model, which exists if some state was better than the start.
         """
         # Every phase evaluates its start, but the curve needs only the first one's.
-        rows = [
-            RecoveryRow(
-                phase=phase.name if row["tokens"] else "start",
-                tokens=self.tokens + row["tokens"],
-                loss=row["loss"],
-                kl_nats=row["kl_nats"],
-                text_kl_nats=row["text_kl_nats"],
-                kept=summary["better"] or not row["tokens"],
+        rows = []
+        for row in summary["log"]:
+            is_start = not row["tokens"]
+            if is_start and self.rows:
+                continue
+            rows.append(
+                RecoveryRow(
+                    phase="start" if is_start else phase.name,
+                    tokens=self.tokens + row["tokens"],
+                    loss=row["loss"],
+                    kl_nats=row["kl_nats"],
+                    text_kl_nats=row["text_kl_nats"],
+                    kept=is_start or summary["better"],
+                )
             )
-            for row in summary["log"]
-            if row["tokens"] or not self.rows
-        ]
 
         ended = summary["log"][-1]["note"]
         notes = (f"recovery, {phase.name}: {ended}",) if ended else ()

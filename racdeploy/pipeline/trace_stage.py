@@ -114,11 +114,10 @@ class TraceStage:
             return stage.folder, out.read()
 
         settings = self.settings
-        problems = self.tasks.draw("calibration", settings.seed, settings.count)[
-            : max_prompts or None
-        ]
-        longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
-        problems = [problem for problem in problems for _ in range(samples)]
+        drawn = self.tasks.draw("calibration", settings.seed, settings.count)
+        asked = drawn[:max_prompts] if max_prompts else drawn
+        longest = max(len(self.encoder.encode(problem.question)) for problem in asked)
+        problems = [problem for problem in asked for _ in range(samples)]
         context_tokens = longest + settings.max_new_tokens + 1
 
         # Progress is shown before the model is loaded, which takes a while.
@@ -134,10 +133,10 @@ class TraceStage:
                 self.encoder,
                 self.tags,
                 eos_ids,
-                problems,
-                settings,
-                out,
-                completion_progress,
+                problems=problems,
+                settings=settings,
+                out=out,
+                completion_progress=completion_progress,
             )
 
         _remove_finished_logs(stage.folder)
@@ -175,9 +174,9 @@ class TraceStage:
                 self.settings,
                 checkpoint,
                 self.encoder,
-                context_tokens,
-                folder,
-                completion_progress,
+                context_tokens=context_tokens,
+                folder=folder,
+                completion_progress=completion_progress,
             ) as source:
                 yield source
             return
@@ -199,7 +198,13 @@ class TraceStage:
             # The last bits of llama.cpp's logits depend on what is decoded together: a shard is
             # the same again only as a whole.
             resumes = self.exported is None
-            answer = partial(_answer_durably, engine, folder, completion_progress, resumes)
+            answer = partial(
+                _answer_durably,
+                engine=engine,
+                folder=folder,
+                completion_progress=completion_progress,
+                resumes=resumes,
+            )
 
             # Only the first process may see the sparse model that it wrote; then it answers all.
             with processes.announce_job("traces", describe_code(self), arguments):
@@ -217,11 +222,12 @@ class TraceStage:
 
 
 def _answer_durably(
+    request: ShardRequest,
+    *,
     engine: Engine,
     folder: Path,
     completion_progress: CompletionProgress,
     resumes: bool,
-    request: ShardRequest,
 ) -> list[Completion]:
     """Answer a shard; tokens are on disk within a second, so a killed run may resume there."""
     prompts, sampling = request

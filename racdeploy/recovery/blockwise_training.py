@@ -115,10 +115,13 @@ class BlockwiseTraining:
 
     def _conclude(self, loss: float) -> list[LogRow]:
         """Measure the KL before and after; discard the trained blocks unless it fell."""
-        before, after = (self._measure(name) for name in ("start", "sparse"))
-        text: list[float | None] = [None, None]
+        before = self._measure("start")
+        after = self._measure("sparse")
+        text_before: float | None = None
+        text_after: float | None = None
         if self.training_run.text:
-            text = [self._measure(name, text=True) for name in ("start", "sparse")]
+            text_before = self._measure("start", text=True)
+            text_after = self._measure("sparse", text=True)
 
         note = ""
         if not after < before:
@@ -127,8 +130,8 @@ class BlockwiseTraining:
 
         tokens = self.training_run.tokens
         return [
-            LogRow(0, None, before, text[0]),
-            LogRow(tokens, loss, after, text[1], note),
+            LogRow(0, kl_nats=before, text_kl_nats=text_before),
+            LogRow(tokens, loss, kl_nats=after, text_kl_nats=text_after, note=note),
         ]
 
     def _pass_block(self, index: int) -> float:

@@ -84,14 +84,27 @@ def _run_steps(device: torch.device) -> Iterator[tuple[str, Tensor | float, floa
     # A step of recovery on the embedded model, towards the states of other tokens.
     model = Checkpoint(resolve_model(EMBEDDED).folder)
     out = model.folder  # nothing is written
-    run = TrainingRun(model, model, (), (), (), Recovery(), 0, "forward", out, out, device)
+    run = TrainingRun(
+        sparse=model,
+        dense=model,
+        sources=(),
+        train_traces=(),
+        held_out=(),
+        settings=Recovery(),
+        tokens=0,
+        direction="forward",
+        folder=out,
+        out=out,
+        device=device,
+    )
     student = Student(run, model.shape.prunable_weights)
     ids_BT = torch.arange(4096).view(16, 256) % 500
     hidden_ND = student.hidden_states(ids_BT, training=True).flatten(0, 1)
     own_ND = hidden_ND.detach()
     weight_N = own_ND.new_full((4096,), 1 / 4096)
     head = LMHead.from_checkpoint(model, device)
-    _, gradient_ND = kl_and_gradient(head, own_ND, own_ND.roll(1, 0), weight_N, "forward")
+    other_ND = own_ND.roll(1, 0)
+    _, gradient_ND = kl_and_gradient(head, own_ND, other_ND, weight_N, direction="forward")
     student.backward(hidden_ND, gradient_ND)
 
     optimizer = MaskedAdam(student.weights, masked=())

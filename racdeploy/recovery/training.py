@@ -231,7 +231,7 @@ class _Training:
                 hidden_ND[distilled],
                 targets.dense_ND[distilled],
                 weight_N[distilled],
-                self.training_run.direction,
+                direction=self.training_run.direction,
             )
         if learned.any():
             loss, gradient_ND[learned] = likelihood_and_gradient(
@@ -239,7 +239,7 @@ class _Training:
                 hidden_ND[learned],
                 targets.token_N[learned],
                 targets.pair_N[learned],
-                weight_N[learned],
+                weight_N=weight_N[learned],
             )
             total = total + loss
         return total, gradient_ND

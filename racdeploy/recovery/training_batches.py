@@ -66,12 +66,10 @@ class TrainingBatches:
     """
 
     def __init__(self, examples: Sequence[Example], states: Activations) -> None:
-        self.examples, self.states = examples, states
+        self.examples = examples
+        self.states = states
         self._starts = list(accumulate((len(each.traces) for each in examples), initial=0))
-        # The answers of an example are rows of one batch, padded to the longer one.
-        self._lengths = [
-            len(each.traces) * max(len(trace.ids) for trace in each.traces) for each in examples
-        ]
+        self._lengths = [_count_padded_tokens(each) for each in examples]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -88,7 +86,8 @@ class TrainingBatches:
             for index in indices
             for number, trace in enumerate(self.examples[index].traces)
         ]
-        B, T = len(rows), max(len(trace.ids) for *_, trace in rows)
+        B = len(rows)
+        T = max(len(trace.ids) for *_, trace in rows)
         D = self.states[0].shape[1]
 
         ids_BT = torch.zeros(B, T, dtype=torch.long)
@@ -97,7 +96,8 @@ class TrainingBatches:
         token_BT, pair_BT = torch.full((2, B, T), -1)
 
         for row, (index, number, trace) in enumerate(rows):
-            example, length = self.examples[index], len(trace.ids)
+            example = self.examples[index]
+            length = len(trace.ids)
             ids_BT[row, :length] = torch.tensor(trace.ids)
 
             # A state predicts the next token, so it has the weight of the token after it.
@@ -113,7 +113,14 @@ class TrainingBatches:
                 pair_BT[row, learned] = 2 * index + number
 
         tokens = sum(len(trace.ids) for *_, trace in rows)
-        return TrainingBatch(ids_BT, dense_BTD, weight_BT, token_BT, pair_BT, tokens)
+        return TrainingBatch(
+            ids_BT=ids_BT,
+            dense_BTD=dense_BTD,
+            weight_BT=weight_BT,
+            token_BT=token_BT,
+            pair_BT=pair_BT,
+            tokens=tokens,
+        )
 
     def batches_by_length(self) -> list[list[int]]:
         """Return batches of trace indices, every trace once, sorted by length."""
@@ -153,6 +160,12 @@ class TrainingBatches:
             return sum(self._lengths[index] for index in indices)
 
         return plan_steps(draw, size, tokens, batch_tokens)
+
+
+def _count_padded_tokens(example: Example) -> int:
+    """Return the tokens of an example in a batch: its answers are rows, as long as the longest."""
+    longest = max(len(trace.ids) for trace in example.traces)
+    return len(example.traces) * longest
 
 
 def plan_steps(

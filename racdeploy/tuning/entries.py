@@ -60,10 +60,10 @@ class Entry:
         self.memory_bytes = predict_memory(
             device,
             self.size.checkpoint.shape,
-            self.size.plain_bytes,
-            self.size.read_bytes,
-            self.spec.recipe.verify.context_tokens,
-            self.spec.job.backend,
+            file_bytes=self.size.plain_bytes,
+            read_bytes=self.size.read_bytes,
+            context_tokens=self.spec.recipe.verify.context_tokens,
+            engine=self.spec.job.backend,
         )
 
     @property
@@ -113,7 +113,13 @@ class Entry:
 
     def as_contestant(self) -> Contestant:
         """Return its data for the race."""
-        return Contestant(self.name, self.size_bytes, self.token_s, self.distance, self.spec.dense)
+        return Contestant(
+            self.name,
+            size_bytes=self.size_bytes,
+            seconds_per_token=self.token_s,
+            kl_nats=self.distance,
+            dense=self.spec.dense,
+        )
 
     def as_row(self) -> Candidate:
         """Return its row of the search's result."""

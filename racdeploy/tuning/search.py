@@ -242,9 +242,11 @@ class Search:
 
     def run_race(self) -> list[Entry]:
         """Race the best candidates on prompts; return those that may win, the best first."""
-        raced, reference = self._choose_contestants(), self.reference
+        raced = self._choose_contestants()
+        reference = self.reference
         by_name = {entry.name: entry for entry in (*raced, reference)}
-        seconds, answers = 0.0, 0
+        seconds = 0.0
+        answers = 0
 
         def ask(name: str, count: int) -> Scores:
             nonlocal seconds, answers
@@ -269,12 +271,12 @@ class Search:
 
         min_ratio = self.job.recipe.tune.effective_min_accuracy_ratio
         race = Race(
-            [entry.as_contestant() for entry in raced],
-            self.limits.objective,
-            reference.name,
-            ask,
-            len(self.prompts),
-            min_ratio,
+            contestants=[entry.as_contestant() for entry in raced],
+            objective=self.limits.objective,
+            reference=reference.name,
+            ask=ask,
+            prompts=len(self.prompts),
+            min_accuracy_ratio=min_ratio,
             has_time=has_time,
         )
         with self.budget.stage("race"):

@@ -53,7 +53,8 @@ def tune(search: Search, out: Path | None) -> tuple[Path, Report, Tuning]:
     if not order:
         raise _refuse_inaccurate(search)
 
-    winner, rival = order[0], find_rival(search.entries, order)
+    winner = order[0]
+    rival = find_rival(search.entries, order)
     rivals = [_as_rival(rival)] if rival else []
     with search.budget.stage("verify"):
         folder, report = search.build(winner.spec.job).run(out, rivals)
@@ -69,7 +70,7 @@ def tune(search: Search, out: Path | None) -> tuple[Path, Report, Tuning]:
         entry.scores = Scores.from_records([record for record in records if record.arm == arm])
         entry.reached = "verified"
 
-    tuning = _summarize(search, winner, rival, report, folder)
+    tuning = _summarize(search, winner, rival, report=report, bundle=folder.name)
     write_tuning(folder, tuning)
     return folder, report, tuning
 
@@ -116,11 +117,14 @@ def _time_alone(search: Search, entry: Entry) -> None:
 
 
 def _summarize(
-    search: Search, winner: Entry, rival: Entry | None, report: Report, folder: Path
+    search: Search, winner: Entry, rival: Entry | None, *, report: Report, bundle: str
 ) -> Tuning:
     recipe = search.job.recipe
     gain = _find_gain(rival, report)
     assert report.comparison
+    verdict = write_verdict(
+        winner, rival, gain, search.limits, confidence=report.comparison.confidence
+    )
 
     return Tuning(
         racdeploy=__version__,
@@ -134,12 +138,12 @@ def _summarize(
         winner=winner.name,
         rival=rival.name if rival else "",
         reference=search.reference.name,
-        verdict=write_verdict(winner, rival, gain, search.limits, report.comparison.confidence),
+        verdict=verdict,
         gain=gain,
         notes=tuple(search.notes),
         recipe=winner.spec.recipe.model_dump(mode="json", exclude={"tune"}),
         seconds={stage: round(took, 1) for stage, took in search.budget.seconds.items()},
-        bundle=folder.name,
+        bundle=bundle,
     )
 
 

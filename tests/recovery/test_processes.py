@@ -301,12 +301,12 @@ def _teach_until_alone(variables: dict[str, str], training_run: TrainingRun) -> 
     torch.set_num_threads(1)
     calls = 0
 
-    def die(*given: Any) -> Any:
+    def die(*given: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
-        return measured(*given)
+        return measured(*given, **named)
 
     inside: Any = training
     measured = inside.kl_and_gradient

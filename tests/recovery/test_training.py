@@ -77,10 +77,10 @@ def test_a_loss_that_is_no_number_ends_it(tmp_path: Path, monkeypatch: pytest.Mo
     measured = training.kl_and_gradient
     calls = 0
 
-    def spoil(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def spoil(*given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1
-        loss, slope_ND = measured(*given)
+        loss, slope_ND = measured(*given, **named)
         return (loss, slope_ND) if calls < 12 else (loss, slope_ND * math.nan)
 
     monkeypatch.setattr(training, "kl_and_gradient", spoil)
