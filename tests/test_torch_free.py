@@ -100,7 +100,7 @@ def test_the_functions_are_there_without_torch() -> None:
     loaded = modules_after(
         "import inspect, racdeploy, racdeploy.exporting.gguf\n"
         "assert callable(racdeploy.build) and callable(racdeploy.export)\n"
-        "assert 'sparsity' in inspect.signature(racdeploy.prune).parameters\n"
+        "assert 'recipe' in inspect.signature(racdeploy.prune).parameters\n"
         "from racdeploy import exporting; exporting.load"
     )
     assert loaded.isdisjoint({"torch", "transformers", "optimum"})
