@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from racdeploy.tensors.ggml_types import TYPES_BY_ID
 from racdeploy.tensors.gguf_header import GgufHeader, read_header
 from tests.support.tiny_gguf import random_rows, write_gguf
 
-MAX_SECONDS, MAX_BYTES = 1.0, 200e6
+MAX_BYTES = 200e6
 Attack = Callable[[bytearray, GgufHeader], object]
 
 
@@ -129,16 +128,14 @@ ATTACKS: dict[str, Attack] = {
 
 
 def _is_refused(file: Path, read: Callable[[Path], object] = inspect_path) -> RacdeployError:
-    """The file is an error of ours, quickly and in little memory; return it."""
+    """The file is an error of ours, in little memory; return it."""
     tracemalloc.start()
-    start = time.process_time()
     try:
         with pytest.raises((ArtifactError, UsageError)) as caught:
             read(file)
-        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert seconds < MAX_SECONDS
     assert peak < MAX_BYTES
     assert caught.value.remedy
     return caught.value

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from tests.support.tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.answers("M3", "L1")
 
-MAX_SECONDS, MAX_BYTES = 2.0, 300e6
+MAX_BYTES = 300e6
 Edit = Callable[[dict[str, Any]], object]
 NUL, SURROGATE = "a\0b", "a\ud800b"
 WRONG: tuple[Any, ...] = ("x", [], {}, -2, 10**30, 10**400, 1.5, [[1]], {"a": {"b": {}}})
@@ -114,9 +113,8 @@ PATHS = ("", "..", "../secret", "/etc/passwd", NUL, "a\nb", "x" * 2000, "missing
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    before, began = _peak_bytes(), time.process_time()
+    before = _peak_bytes()
     yield
-    assert time.process_time() - began < MAX_SECONDS
     assert _peak_bytes() - before < MAX_BYTES
 
 

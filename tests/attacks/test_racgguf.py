@@ -6,7 +6,6 @@ import io
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from tests.support.errors import raises
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 Attack = Callable[[bytearray, racgguf.Container], object]
-MAX_SECONDS, MAX_BYTES = 1.0, 200e6
+MAX_BYTES = 200e6
 DEFLATED = 1 << 31
 
 
@@ -212,19 +211,17 @@ ATTACKS = HEADER | OWN_KEYS | CHUNKS | WORDS
 
 
 def _is_refused(file: Path) -> None:
-    """The file is an ArtifactError for unpacking and for the cache, quickly, in little memory,
-    without leftovers.
+    """The file is an ArtifactError for unpacking and for the cache, in little memory, without
+    leftovers.
     """
     before = sorted(file.parent.iterdir())
     tracemalloc.start()
-    start = time.process_time()
     try:
         with pytest.raises(ArtifactError):
             racgguf.Container.open(file).unpack(file.parent / "out.gguf")
-        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert seconds < MAX_SECONDS
     assert peak < MAX_BYTES
     assert before == sorted(file.parent.iterdir())
 

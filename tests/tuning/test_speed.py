@@ -86,7 +86,7 @@ def test_a_synthetic_model_is_decoded_by_the_engine(tmp_path: Path) -> None:
     """A file of it loads, and takes time and memory."""
     file = write_model(tmp_path / "a.gguf", "q4_k", Dimensions(2, 256))
     sample = measure_file(file, 1)
-    assert 0 < sample.token_s < 1
+    assert sample.token_s > 0
     assert sample.peak_rss_bytes > file.stat().st_size
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from racdeploy.errors import ArtifactError
+from tests.fuzz import oracle
 from tests.fuzz.oracle import place, scratch
+from tests.support.yardstick import MARGIN, measure_slowness
 
 READERS = ("racdeploy.errors",)
 _MAGIC = b"RACTOY"
@@ -50,7 +52,7 @@ def _allocate() -> None:
 
 
 def _hurry() -> None:
-    end = time.process_time() + 2.2
+    end = time.process_time() + 2 * MARGIN * measure_slowness() * oracle.MAX_SECONDS
     while time.process_time() < end:
         pass
 
