@@ -10,12 +10,14 @@ import pytest
 from hypothesis import settings
 
 from racdeploy.processes.heap import keep_heap
+from tests.support.signals import let_children_take_signals
 
 LONGEST = ("test_typing.py", "test_one_file_each.py", "test_api.py", "test_stats.py")
 """Files that come first: at the end, one worker would wait for the other."""
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+let_children_take_signals()
 
 
 def _take_own_core() -> None:
