@@ -1,6 +1,6 @@
 # make demo   set up .venv, then prune, export, verify and bundle the embedded model
-# make test   set up .venv, then run the tests
-# make test-docs   documents, site, pictures, wheels and workflows
+# make test   set up .venv, then run the tests; build/junit-test.xml keeps the time of each
+# make test-docs   documents, site, pictures, examples, wheels, users' type checkers and workflows
 # make test-matrix   every family and number format, where `make test` takes one case of each
 # make test-kernels   compile and install ./kernels into .venv, then run its tests, emulated and slow ones too
 # make test-optimum   set up .venv-optimum, with transformers 4.57, then run what optimum and it may change
@@ -20,8 +20,12 @@ LOCK   ?= requirements/locked.txt
 VENV_OPTIMUM  := .venv-optimum
 TESTS_OPTIMUM ?= $(addprefix tests/,contracts engines end_to_end exporting pruning recovery)
 
+TESTS_DOCS := documents examples packaging
 KERNELS ?= slow or not slow
-PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations 20
+PYTEST = $(BIN)/python -m pytest -n logical --dist worksteal --durations 20 --junitxml build/junit-$@.xml
+
+# Empty is unset: else each of the thousands of processes that the tests start compiles racdeploy again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz lint docs check clean
 
@@ -31,10 +35,10 @@ demo: $(VENV)/.base
 	@echo "== try it:  $(BIN)/racdeploy run $(OUT) 'What is 12 times 34?' --show-thinking"
 
 test: $(VENV)/.dev
-	$(PYTEST) --ignore tests/documents --ignore tests/packaging
+	$(PYTEST) $(addprefix --ignore tests/,$(TESTS_DOCS))
 
 test-docs: $(VENV)/.dev
-	$(PYTEST) tests/documents tests/packaging
+	$(PYTEST) $(addprefix tests/,$(TESTS_DOCS))
 
 test-matrix: $(VENV)/.dev
 	$(PYTEST) -m matrix
@@ -48,7 +52,7 @@ test-slow: $(VENV)/.dev
 
 test-optimum: $(VENV_OPTIMUM)/.test
 	$(VENV_OPTIMUM)/bin/python -m pip check
-	$(VENV_OPTIMUM)/bin/python -m pytest -n logical --dist loadfile $(TESTS_OPTIMUM)
+	$(VENV_OPTIMUM)/bin/python -m pytest -n logical --dist worksteal --junitxml build/junit-$@.xml $(TESTS_OPTIMUM)
 
 test-optimum-slow: $(VENV_OPTIMUM)/.test
 	$(VENV_OPTIMUM)/bin/python -m pytest -m slow -k optimum tests/exporting tests/clients

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
 
 from racdeploy.processes.heap import keep_heap
+from tests.support import durations
 from tests.support.signals import let_children_take_signals
 
-LONGEST = ("test_typing.py", "test_one_file_each.py", "test_api.py", "test_stats.py")
+LONGEST = ("test_one_file_each.py", "test_api.py", "test_stats.py")
 """Files that come first: at the end, one worker would wait for the other."""
+
+_BEGAN_S = pytest.StashKey[float]()
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -40,6 +43,24 @@ _take_own_core()  # before the conftest.py of a folder imports torch, which read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first; the order of all others stays."""
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Note when a test begins, its fixtures included."""
+    item.stash[_BEGAN_S] = durations.read_processor_s()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep the processor time of each test in the JUnit file, which has it from its last phase."""
+    report = yield
+    if call.when == "teardown":
+        took_s = durations.read_processor_s() - item.stash[_BEGAN_S]
+        report.user_properties.append((durations.PROPERTY, f"{took_s:.2f}"))
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
