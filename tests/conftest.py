@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from racdeploy.processes.heap import keep_heap
-from tests.support import durations
+from tests.support import durations, shared
 from tests.support.signals import let_children_take_signals
 
 LONGEST = ("test_one_file_each.py", "test_api.py", "test_stats.py")
@@ -68,6 +68,16 @@ def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """Keep this machine's user's kernels away from tests that ask for none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("accel")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _share_what_is_built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Name one folder for all workers: a worker's own is in that of the run."""
+    own = tmp_path_factory.getbasetemp()
+    run = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(shared.VARIABLE, str(run / "shared"))
         yield
 
 

@@ -42,9 +42,18 @@ class TestMore:
 def test_processor_time_is_kept_for_each_test(tmp_path: Path, workers: tuple[str, ...]) -> None:
     """That of a shared fixture with the first test, also where workers run them."""
     (tmp_path / "test_busy.py").write_text(BUSY)
-    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {ROOT}\n")
-    command = [sys.executable, "-m", "pytest", "-q", *workers, "--junitxml", "junit.xml"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.conftest",
+        *workers,
+        "--junitxml",
+        "junit.xml",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

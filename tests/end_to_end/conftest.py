@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import racdeploy
+from tests.support.shared import build_once
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def built() -> Path:
     """A bundle of the embedded model, its work folder beside it; xdist's workers share it."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own if worker_id == "master" else own.parent) / "embedded"
-    folder.mkdir(exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "bundle").is_dir():
-            outcome = racdeploy(
-                *("build", "--target", "ci-smoke", "--sparsity", 0.5),
-                *("--trace-prompts", 64, "--prompts", 60),
-                *("--work", folder / "work", "--out", folder / "bundle"),
-            )
-            assert outcome.code == 0, outcome.out + outcome.err
-            assert "PASS" in outcome.out
-    return folder / "bundle"
+    return build_once("embedded", _build_embedded) / "bundle"
+
+
+def _build_embedded(folder: Path) -> None:
+    outcome = racdeploy(
+        *("build", "--target", "ci-smoke", "--sparsity", 0.5),
+        *("--trace-prompts", 64, "--prompts", 60),
+        *("--work", folder / "work", "--out", folder / "bundle"),
+    )
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "PASS" in outcome.out
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,16 @@ where transformers is too new for optimum. One child process makes both once for
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from racdeploy.extras import installed_release, is_installed
+from tests.support.shared import build_once
 from tests.support.tiny_models import make_checkpoint
 
 HAS_OPTIMUM = is_installed("optimum")
@@ -51,8 +49,10 @@ runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 @cache
 def tiny_onnx() -> Path:
     """Return a folder with ``checkpoint``, and ``model.onnx`` in a folder of each exporter."""
-    folder = Path(tempfile.mkdtemp(prefix="racdeploy-onnx-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return build_once("tiny-onnx", _export)
+
+
+def _export(folder: Path) -> None:
     checkpoint = make_checkpoint(folder / "checkpoint", "qwen3")
 
     # The builder comes last: it puts a folder of its own in front of all imports.
@@ -65,4 +65,3 @@ def tiny_onnx() -> Path:
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert all((folder / name / "model.onnx").is_file() for name in EXPORTERS), child.stderr[-3000:]
-    return folder
