@@ -4,8 +4,10 @@ is called sparse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -32,6 +34,16 @@ ALIGNED = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+
+def some_pairs(pairs: Iterable[tuple[str, str]]) -> list[Any]:
+    """Return every preset on one model and every model with one preset; others for the matrix."""
+    parameters: list[Any] = []
+    for preset, model in pairs:
+        is_kept = model == "deep" or preset == "q4_k_m"
+        marks = [] if is_kept else [pytest.mark.matrix]
+        parameters.append(pytest.param(preset, model, marks=marks))
+    return parameters
 
 
 def read_types(file: Path) -> dict[str, str]:
@@ -72,7 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Check
 @pytest.mark.parametrize(
     ("preset", "model"),
     [
-        *((preset, model) for preset in MIXED for model in ("deep", "untied", "narrow", "joined")),
+        *some_pairs(itertools.product(MIXED, ("deep", "untied", "narrow", "joined"))),
         (OF_EXPERTS, "untied"),
         (OF_EXPERTS, "experts"),
     ],

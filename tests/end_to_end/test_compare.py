@@ -22,8 +22,9 @@ from tests.support.commands import racdeploy
 from tests.support.completion_server import serving
 from tests.support.errors import raises
 from tests.support.hub_server import Repository, hub_server, point_at
+from tests.support.matrix import selected, some
 from tests.support.real_server import llama_cpp_server, running
-from tests.support.spoiled_gguf import rewrite, spoil_all
+from tests.support.spoiled_gguf import rewrite, spoil
 
 ASKED: dict[str, Any] = {"prompts": 32, "max_new_tokens": 300, "threads": 1}
 FAILING = {
@@ -37,6 +38,12 @@ FAILING = {
     "bos": {"template"},
 }
 """Checks that each fault must fail; others may fail as well."""
+EACH_CHECK = ("eos", "zeroed", "endless", "template", "bos")
+"""Faults of which each check that a fault fails has one, and tokens one more."""
+
+
+class EnoughError(Exception):
+    """Ends a comparison of which nothing more is asked."""
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +58,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reports(files: Path) -> dict[str, Report]:
-    """Reports of a good file and of every spoiled one, by name."""
-    spoiled = spoil_all(files / "f32.gguf", files)
+def reports(files: Path, request: pytest.FixtureRequest) -> dict[str, Report]:
+    """Reports of a good file and of the spoiled ones, by name."""
+    faults = selected(request, "fault") or EACH_CHECK
+    spoiled = [spoil(fault, files / "f32.gguf", files / f"{fault}.gguf") for fault in faults]
     compared = library.compare(
-        [files / "q8_0.gguf", *spoiled.values()],
+        [files / "q8_0.gguf", *spoiled],
         against=files / "ref",
         tier="smoke",
         work=files / "work",
@@ -72,7 +80,7 @@ def test_a_good_file_passes(reports: dict[str, Report]) -> None:
     assert {check.name for check in reports["q8_0"].checks if check.verdict == "pass"} == decided
 
 
-@pytest.mark.parametrize("fault", FAILING)
+@pytest.mark.parametrize("fault", some(FAILING, EACH_CHECK))
 def test_each_fault_fails_by_its_checks(fault: str, reports: dict[str, Report]) -> None:
     failed = {check.name for check in reports[fault].checks if check.verdict == "fail"}
     assert failed >= FAILING[fault]
@@ -84,17 +92,21 @@ def test_other_tokens_are_told_before_the_first_answer(
 ) -> None:
     """The answers of a large model take hours; equal tokens are no news."""
     caplog.set_level("INFO", "racdeploy")
-    told: list[list[str]] = []
-    candidates = [files / "q8_0.gguf", spoil_all(files / "f32.gguf", tmp_path)["merge"]]
-    library.compare(
-        candidates,
-        against=files / "ref",
-        tier="smoke",
-        work=files / "work",
-        threads=1,
-        progress=lambda *_: told.append(list(caplog.messages)),
-    )
-    (line,) = told[0]
+    merge = spoil("merge", files / "f32.gguf", tmp_path / "merge.gguf")
+
+    def stop(*_: object) -> None:
+        raise EnoughError
+
+    with pytest.raises(EnoughError):
+        library.compare(
+            [files / "q8_0.gguf", merge],
+            against=files / "ref",
+            tier="smoke",
+            work=files / "work",
+            threads=1,
+            progress=stop,
+        )
+    (line,) = caplog.messages
     assert line.startswith("merge.gguf has other tokens than f32.gguf: ")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ KINDS = ("qwen3", "qwen3_moe", "gemma3_text", "granitemoehybrid", "phi3")
 with parts of a block in one tensor."""
 
 
-def some(names: Iterable[str | int], kept: Collection[str | int] = KINDS) -> list[Any]:
-    """Return parameters of a test: the names that are kept, and the others for the matrix."""
+def some(names: Iterable[Hashable], kept: Collection[Hashable] = KINDS) -> list[Any]:
+    """Return values of one argument: those that are kept, and the others for the matrix."""
     return [
         name if name in kept else pytest.param(name, marks=pytest.mark.matrix) for name in names
     ]

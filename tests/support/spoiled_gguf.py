@@ -13,11 +13,6 @@ OTHER_EOS_ID = 30
 MERGE = 20  # index of the removed one
 
 
-def spoil_all(source: Path, folder: Path) -> dict[str, Path]:
-    """Write each spoiled copy of a file; return them by their fault."""
-    return {fault: spoil(fault, source, folder / f"{fault}.gguf") for fault in _FAULTS}
-
-
 def spoil(fault: str, source: Path, file: Path) -> Path:
     """Write a copy with one fault."""
     return _FAULTS[fault](source, file)
