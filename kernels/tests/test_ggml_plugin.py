@@ -314,18 +314,19 @@ def test_doctor_explains_which_kernels_run(
     what = "sparse kernels for llama.cpp"
     found, ours = (each for each in examine() if each["what"].startswith(what))
     assert (found["state"], ours["what"]) == ("ok", f"{what}, q8_0")
-    assert ours["detail"] == (
-        "on 1 thread not faster (0.50× at 80%, 2.74× by bytes alone); "
-        "on 2 threads from 30% zeros on (2.00× at 30%, 1.20× by bytes alone)"
-    )
+    slow, fast = ours["detail"].split("; ")
+    assert re.findall(r"[\d.]+[×%]?", slow) == ["1", "0.50×", "80%", "2.74×"]
+    assert re.findall(r"[\d.]+[×%]?", fast) == ["2", "30%", "2.00×", "30%", "1.20×"]
+
     monkeypatch.setattr(verdicts, "available_cores", lambda: 5)
-    missing = "; not measured on 4, 5 threads: racdeploy-kernels prove while nothing else runs"
-    assert racdeploy_kernels.describe("llama.cpp")[""][1].endswith(missing)
+    _, missing = racdeploy_kernels.describe("llama.cpp")[""][1].rsplit("; ", 1)
+    assert "4, 5 threads" in missing
+    assert "racdeploy-kernels prove" in missing
 
     ready.locate_record().unlink()
     (found,) = (each for each in examine() if each["what"] == what)
     assert found["state"] == "unused"
-    assert found["detail"].endswith("on this processor: racdeploy-kernels prove")
+    assert "racdeploy-kernels prove" in found["detail"]
 
 
 def test_the_command_proves_and_says_what_is_used(

@@ -178,20 +178,6 @@ def test_tensors_that_the_architecture_lacks_are_named(
         assert not (tmp_path / "work").exists()
 
 
-def test_an_importance_of_another_model_is_refused_before_any_work(
-    model: Path, tmp_path: Path
-) -> None:
-    """Its inputs are other than those of the linear that it names."""
-    name = "model.layers.0.mlp.down_proj.weight"
-    file = tmp_path / "other.safetensors"
-    save_file(
-        {name: torch.ones(7), f"{name}.tokens": torch.tensor([5.0], dtype=torch.float64)}, file
-    )
-    chosen = ("--quant", "q4_0", "--set", f'export.importance="{file}"', "--dry-run")
-    code, output = _run("build", model, *chosen)
-    assert (code, find_error_code(output)) == (2, "importance-of-other-model"), output
-
-
 def test_experts_are_planned(tmp_path: Path) -> None:
     """As linears like others, which a recipe may leave alone, and as what can be cut."""
     model = make_checkpoint(tmp_path / "model", "qwen3_moe")
