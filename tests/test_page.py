@@ -20,10 +20,10 @@ from tests.support.page import (
     source_files,
 )
 
-MAX_NODES_A_LINE = 8.68
+MAX_NODES_A_LINE = 8.59
 """The aim is 8.5; this only goes down."""
-MAX_LONG_BODIES = 12
-MAX_DENSE_PLACES = {NESTED: 25, CONDITIONAL: 38, ARGUMENTS: 169}
+MAX_LONG_BODIES = 10
+MAX_DENSE_PLACES = {NESTED: 4, CONDITIONAL: 6, ARGUMENTS: 121}
 """How often the rules are still broken. The aim is never; these only go down."""
 
 
