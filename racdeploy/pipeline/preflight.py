@@ -25,6 +25,7 @@ from racdeploy.pipeline.structure import check_format, check_structure, expect_s
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.recipe import Traces, Verification
+from racdeploy.recovery import check_shortening
 from racdeploy.results.plan import ArtifactPlan, Plan
 from racdeploy.targets import Target
 from racdeploy.tasks import Split
@@ -46,6 +47,8 @@ def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> 
     for each in jobs:
         check_packages(each)
     exporting.check(job.recipe.export)
+    if job.recipe.recover.shorten:
+        check_shortening(job.recipe.recover)
 
     # Recovery may be undone, which changes the artifact's name.
     recovered = (job, job.with_recovery(tokens=0))

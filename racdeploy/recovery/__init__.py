@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from racdeploy import plugins
+from racdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from racdeploy.recipe import Recovery
     from racdeploy.recovery.examples import Answers, Example
     from racdeploy.recovery.training_run import LogRow, TrainingRun
 
@@ -67,3 +69,24 @@ def load_objective(name: str) -> Objective:
 def load(name: str) -> RecoverMethod:
     """Import the recovery method of that name; see :func:`racdeploy.plugins.load`."""
     return cast(RecoverMethod, plugins.load("recover_methods", name))
+
+
+def check_shortening(settings: Recovery) -> None:
+    """Refuse to shorten with an objective that cannot, or with too few answers to a prompt.
+
+    Not in the recipe: stages that train nothing read it too, and would depend on this package.
+    """
+    objective = load_objective(settings.objective)
+    if objective.purpose != "shorten":
+        raise UsageError(
+            "objective-changes-no-length",
+            f"objective {settings.objective!r} repairs a model, and changes no length",
+            remedy="choose another one in recover.objective, or leave out --shorten",
+        )
+    if settings.samples < objective.min_samples:
+        raise UsageError(
+            "too-few-samples-to-compare",
+            f"objective {settings.objective!r} compares {objective.min_samples} answers to a "
+            f"prompt, and recover.samples is {settings.samples}",
+            remedy=f"set recover.samples to {objective.min_samples} or more",
+        )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from pydantic import ValidationError
 
 from racdeploy import plugins, recovery
 from racdeploy.recipe import Recovery
 from racdeploy.recovery.examples import Example, group_answers
+from tests.support.errors import raises
 from tests.support.tiny_traces import make_trace
 
 ALL = plugins.list_names("objectives")
@@ -46,14 +46,16 @@ def test_a_recipe_gives_an_objective_what_it_needs(name: str) -> None:
     objective = recovery.load_objective(name)
     settings = {"shorten": True, "objective": name}
     if objective.purpose == "recover":
-        with pytest.raises(ValidationError, match="changes no length"):
-            Recovery.model_validate(settings)
+        with raises("objective-changes-no-length", name):
+            recovery.check_shortening(Recovery.model_validate(settings))
         return
 
-    Recovery.model_validate(settings | {"samples": objective.min_samples})
+    enough = settings | {"samples": objective.min_samples}
+    recovery.check_shortening(Recovery.model_validate(enough))
     if objective.min_samples > 1:
-        with pytest.raises(ValidationError, match="raise samples"):
-            Recovery.model_validate(settings | {"samples": objective.min_samples - 1})
+        with raises("too-few-samples-to-compare", name):
+            fewer = settings | {"samples": objective.min_samples - 1}
+            recovery.check_shortening(Recovery.model_validate(fewer))
 
 
 @pytest.mark.parametrize("name", ["shortest", "preference"])

@@ -172,8 +172,6 @@ def test_all_answers_wrong(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"samples": 1}, "raise samples"),
-        ({"objective": "distill"}, "choose another"),
         ({"objective": "shortes"}, "did you mean 'shortest'"),
         ({"methods": ["blockwise"]}, "'full' or 'scales'"),
         ({"shorten": 1.5}, "a share above 0"),
