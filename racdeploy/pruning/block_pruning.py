@@ -163,13 +163,12 @@ class _Walk:
         self.pruner = pruner
         self.outline = outline
         self.session = pruner.session
-        self.processes = self.session.processes
         self.batches = self.session.batches
         self.blocks = self.session.model
         self.shape = self.blocks.shape
         self.criterion = plugins.load("criteria", structure.criterion)
         self.cuts = list_cuts(self.shape, outline, structure)
-        self.files = BlockFiles(self.session.folder, self.processes)
+        self.files = BlockFiles(self.session)
 
         # Hidden states before the next block. The dense model's are computed only where needed.
         self.sparse = CalibrationPass(self.blocks, self.batches, self.session.folder, "sparse")
@@ -259,9 +258,9 @@ class _Walk:
         self._write_weights(pair, pruned)
 
         drift = self._advance(pair, pruned)
-        drift.reduce(self.processes)
+        self.session.add_up(*drift.sums)
         for result in pruned.values():
-            result.error.reduce(self.processes)
+            self.session.add_up(*result.error.sums)
 
         linear_rows = []
         for linear in all_names:

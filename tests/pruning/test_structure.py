@@ -28,6 +28,7 @@ from racdeploy.pruning.walk.batches import make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.statistics import InputStatistic
+from racdeploy.pruning.walk.work_share import WorkShare
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.traces.trace import Trace
@@ -229,7 +230,7 @@ def test_targets_of_a_narrower_linear_give_the_dense_output() -> None:
     weight_OI = torch.randn(5, 8, generator=generator)
     statistic = InputStatistic(8, CPU, [weight_OI], [dense_OJ])
     statistic.add(x_NI[None], dense_NJ[None], torch.zeros(1, 60, dtype=torch.long))
-    statistic.reduce(SINGLE_PROCESS, [0])
+    statistic.reduce(WorkShare(SINGLE_PROCESS, {("linear",): 1}), ["linear"])
     hessian = statistic.hessian(0.01)
     found_OI = statistic.solve_targets([0], hessian)[0]
 

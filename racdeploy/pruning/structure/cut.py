@@ -97,20 +97,20 @@ def cut_inputs(context: BlockCutContext) -> list[int]:
     pair = context.pair
     linear = context.cut.linear
     layout = context.layout
-    processes = context.session.processes
-    settings = context.session.settings
+    session = context.session
+    settings = session.settings
     full_OI = pair.dense.get_parameter(f"{linear}.weight")
-    (owner,) = processes.assign_owners([full_OI.numel()])
+    share = session.share_linears({(linear,): full_OI.numel()})
 
-    statistic = gather_inputs(context.session, pair, context.cut.group, [full_OI], is_final=False)
-    statistic.reduce(processes, [owner])
+    statistic = gather_inputs(session, pair, context.cut.group, [full_OI], is_final=False)
+    statistic.reduce(share, [linear])
     pair.narrowed_importance[linear] = statistic.importance_I  # before the cut removes inputs
 
     units = []
     weight_OK = full_OI.new_empty(len(full_OI), context.count * layout.widths[layout.letter])
 
     # The owner alone chooses and solves; the others get units and weights from it.
-    if processes.rank == owner:
+    if share.list_owned([linear]):
         hessian = statistic.hessian(settings.damping)
         target_OI: Tensor = full_OI
         if context.criterion.USES_TRACES and settings.match_dense:
@@ -120,9 +120,9 @@ def cut_inputs(context: BlockCutContext) -> list[int]:
         units = context.choose(removal)
         weight_OK = removal.kept_weights(optimal=context.criterion.USES_TRACES)
 
-    units = processes.broadcast_object(units, owner)
+    units = share.get_object(linear, units)
     narrow_block(pair, layout, units)
-    set_parameter(pair.sparse, f"{linear}.weight", processes.broadcast(weight_OK, owner))
+    set_parameter(pair.sparse, f"{linear}.weight", share.get_tensor(linear, weight_OK))
     return units
 
 

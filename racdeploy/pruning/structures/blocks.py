@@ -57,9 +57,9 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
 
 
 def cut(context: CutContext) -> list[int]:
-    """Return the blocks that stay; the first process chooses them."""
+    """Return the blocks that stay; one process chooses them for all."""
     session = context.session
-    return session.processes.run_on_first(lambda: context.choose(BlockUnits(session)))
+    return session.run_once(lambda: context.choose(BlockUnits(session)))
 
 
 class BlockUnits(PrunableUnits):

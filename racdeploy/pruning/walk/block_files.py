@@ -1,6 +1,6 @@
 """Files of finished blocks: weights, importance and a report each.
 
-The first process reads and writes them, and broadcasts their contents. A block is finished once its
+One process reads and writes them, and the others get their contents. A block is finished once its
 report is there, which is written last.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
-from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear
+from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.quant.stored_codes import join_codes, name_arrays
 from racdeploy.results.pruning import BlockRow, LinearRow
-from racdeploy.tensors.safetensors import read_tensor_entries, to_float32
+from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries, to_float32
 
 KeptUnits = Mapping[str, list[int]]
 """Structure that was cut → indices of the units that stay."""
@@ -29,28 +29,31 @@ KeptUnits = Mapping[str, list[int]]
 
 @dataclass(frozen=True)
 class BlockFiles:
-    """Reads and writes the files of a pruning in a folder."""
+    """Reads and writes the files of a pruning in its folder."""
 
-    folder: Path
-    processes: ProcessGroup
+    session: PruningSession
 
     def is_finished(self, index: int) -> bool:
-        return self.processes.run_on_first(self._report(index).is_file)
+        return self.session.run_once(self._report(index).is_file)
 
     def read_weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield name and float32 value of each tensor that pruning changed, in all processes."""
-        first = self.processes.is_first
-        stored = join_codes(read_tensor_entries(self._weights(index))) if first else {}
-        shapes = {name: entry.shape for name, entry in stored.items()}
-        for name, shape in self.processes.broadcast_object(shapes).items():
+        stored: dict[str, TensorEntry] = {}
+        if self.session.has_files:
+            stored = join_codes(read_tensor_entries(self._weights(index)))
+
+        shapes = self.session.run_once(
+            lambda: {name: entry.shape for name, entry in stored.items()}
+        )
+        for name, shape in shapes.items():
             value = torch.empty(shape)
-            if first:
+            if self.session.has_files:
                 value = torch.from_numpy(to_float32(stored[name].read()))
-            yield name, self.processes.broadcast(value)
+            yield name, self.session.send_to_all(value)
 
     def read_rows(self, index: int) -> tuple[list[LinearRow], BlockRow, KeptUnits]:
         """Return the rows of a block, and the units of each structure that was cut that stay."""
-        report = self.processes.run_on_first(lambda: read_json(self._report(index)))
+        report = self.session.run_once(lambda: read_json(self._report(index)))
         linears = [LinearRow.model_validate(row) for row in report["linears"]]
         return linears, BlockRow.model_validate(report["block"]), report["kept"]
 
@@ -58,7 +61,7 @@ class BlockFiles:
         self, index: int, cut: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear]
     ) -> None:
         """Write the tensors of a block that a cut or pruning changed; codes where it chose some."""
-        if not self.processes.is_first:
+        if not self.session.has_files:
             return
 
         tensors = {**cut, **{name: linear.stored_OI for name, linear in pruned.items()}}
@@ -75,7 +78,7 @@ class BlockFiles:
         self, index: int, pruned: Mapping[str, PrunedLinear], kind: str = "importance"
     ) -> None:
         """Write the mean squared inputs of a block's linears, and the tokens that each averages."""
-        if not self.processes.is_first:
+        if not self.session.has_files:
             return
 
         tensors: dict[str, Tensor] = {}
@@ -84,18 +87,18 @@ class BlockFiles:
             tensors[name] = linear.importance_I.cpu().clone()
             tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
 
-        write_atomic(self.folder / f"{kind}-{index:05d}.safetensors", save(tensors))
+        write_atomic(self.session.folder / f"{kind}-{index:05d}.safetensors", save(tensors))
 
     def write_rows(
         self, index: int, linears: list[LinearRow], block: BlockRow, kept: KeptUnits
     ) -> None:
-        if self.processes.is_first:
+        if self.session.has_files:
             rows = [row.model_dump() for row in linears]
             values = {"linears": rows, "block": block.model_dump(), "kept": kept}
             write_atomic(self._report(index), json.dumps(values, indent=1))
 
     def _weights(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.safetensors"
+        return self.session.folder / f"block-{index:05d}.safetensors"
 
     def _report(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.json"
+        return self.session.folder / f"block-{index:05d}.json"

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.relative_error import RelativeError
+from racdeploy.pruning.walk.work_share import WorkShare
 from racdeploy.quant.grid import GridCodes
 from racdeploy.results.pruning import LinearRow
 
@@ -32,17 +32,19 @@ class PrunedLinear:
     quant: str  # number format of its codes, where they are chosen, or empty
     codes: GridCodes | None  # of stored_OI
 
-    def broadcast(self, processes: ProcessGroup, owner: int, *, target: bool) -> PrunedLinear:
-        """Return the owner's linear, in all processes.
+    def of_owner(self, share: WorkShare, name: str, *, target: bool) -> PrunedLinear:
+        """Return the linear of the process that owns it.
 
-        ``target``: also send the target; without it every process has the dense weights.
+        Args:
+            name: its name in the share.
+            target: also take the target; without it every process has the dense weights.
         """
         return replace(
             self,
-            stored_OI=processes.broadcast(self.stored_OI, owner),
-            target_OI=processes.broadcast(self.target_OI, owner) if target else self.target_OI,
-            damping=processes.broadcast_object(self.damping, owner),
-            codes=processes.broadcast_object(self.codes, owner),
+            stored_OI=share.get_tensor(name, self.stored_OI),
+            target_OI=share.get_tensor(name, self.target_OI) if target else self.target_OI,
+            damping=share.get_object(name, self.damping),
+            codes=share.get_object(name, self.codes),
         )
 
     def to_row(self, name: str, sparsity: float) -> LinearRow:

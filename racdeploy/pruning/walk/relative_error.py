@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.statistics import PAD
 from racdeploy.traces.trace import SEGMENTS
@@ -33,9 +32,10 @@ class RelativeError:
             square_BT = value_BTO.square().sum(-1, dtype=torch.float64)
             sum_XR.index_put_(indices, square_BT.cpu()[real_BT], accumulate=True)
 
-    def reduce(self, processes: ProcessGroup) -> None:
-        processes.reduce(self._error_XR)
-        processes.reduce(self._energy_XR)
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The sums of both squares, to be added up over all batches in place."""
+        return self._error_XR, self._energy_XR
 
     @property
     def total(self) -> float | None:

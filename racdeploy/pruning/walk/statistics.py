@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.hessian import Hessian
+from racdeploy.pruning.walk.work_share import WorkShare
 
 PAD = -1
 # H is symmetric: of each slice of rows only the part from the diagonal on is summed. Narrower
@@ -81,18 +81,18 @@ class InputStatistic:
             return delta_NI
         return torch.cat([delta_NI @ weight_OI.T for weight_OI in self.matched_weights], 1)
 
-    def reduce(self, processes: ProcessGroup, owners: Sequence[int]) -> None:
-        """Add up the sums of all processes; only owners of a linear keep the result."""
+    def reduce(self, share: WorkShare, linears: Sequence[str]) -> None:
+        """Add up the sums over all batches; only owners of one of the linears keep the result."""
         energy_I = torch.cat([sum_CX.diagonal() for sum_CX in self._sums])
         for part in (*self._sums, self._delta_sum):
-            processes.reduce(part, owners)
+            share.add_up_for_owners(part, linears)
         for part in (energy_I, self._tokens):
-            processes.reduce(part)
+            share.add_up(part)
 
         self.tokens = int(self._tokens)
         self.importance_I = (energy_I / self._tokens).float()
 
-        if processes.rank not in owners:
+        if not share.list_owned(linears):
             self._sums.clear()
             self._delta_sum = self._delta_sum.new_empty(0, 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -80,7 +79,7 @@ def survey(
             block.to("meta")
             session.report_progress("survey", index + 1)
 
-    merged = ChainMap(*session.processes.all_gather(observations))
+    merged = session.merge(observations)
     return {name: merged[name] for name in wanted}
 
 
@@ -88,7 +87,6 @@ def _observe_block(
     session: PruningSession, flow: CalibrationPass, index: int, wanted: Sequence[str]
 ) -> Iterator[tuple[str, Tensor, Hessian]]:
     """Yield name, weights and Hessian of the block's wanted linears that this process owns."""
-    processes = session.processes
     block = session.model.meta_block(index)
     checkpoint = session.model.checkpoint
     experts = checkpoint.shape.num_experts
@@ -103,16 +101,17 @@ def _observe_block(
 
         for pieces, statistics in gather_groups(session, pair, group, full):
             for piece, statistic in zip(pieces, statistics, strict=True):
-                weights = [full[name] for name in piece.linears]
-                owners = processes.assign_owners([weight_OI.numel() for weight_OI in weights])
-                statistic.reduce(processes, owners)
-                if processes.rank not in owners:
+                share = session.share_linears(
+                    {(name,): full[name].numel() for name in piece.linears}
+                )
+                statistic.reduce(share, piece.linears)
+                owned = share.list_owned(piece.linears)
+                if not owned:
                     continue
 
                 hessian = statistic.hessian(session.settings.damping)
-                for name, weight_OI, owner in zip(piece.linears, weights, owners, strict=True):
-                    if owner == processes.rank:
-                        yield name, weight_OI * ~hessian.dead_I, hessian
+                for name in owned:
+                    yield name, full[name] * ~hessian.dead_I, hessian
 
 
 class _Effects:

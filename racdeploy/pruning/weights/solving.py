@@ -76,21 +76,20 @@ class LinearPruner:
         full: Mapping[str, Tensor],
     ) -> dict[str, PrunedLinear]:
         """Prune the linears whose statistics one pass has gathered."""
-        processes = self.session.processes
-        works = [work for piece in pieces for work in piece.work_items]
-        costs = [sum(full[linear].numel() for linear in work) for work in works]
-        owners: dict[str, int] = {}
-        for work, owner in zip(works, processes.assign_owners(costs), strict=True):
-            owners |= dict.fromkeys(work, owner)
+        costs = {}
+        for piece in pieces:
+            for linears in piece.work_items:
+                costs[linears] = sum(full[linear].numel() for linear in linears)
+        share = self.session.share_linears(costs)
 
         # Add up all sums before solving: so no process waits while another solves.
         for piece, statistic in zip(pieces, statistics, strict=True):
-            statistic.reduce(processes, [owners[linear] for linear in piece.linears])
+            statistic.reduce(share, piece.linears)
 
         solved: dict[str, LinearSolution] = {}
         for piece, statistic in zip(pieces, statistics, strict=True):
             patterns = {name: self._pattern(pair, name, full[name]) for name in piece.linears}
-            owned = [name for name in piece.linears if owners[name] == processes.rank]
+            owned = share.list_owned(piece.linears)
             if owned:
                 solved |= self._solve(pair, piece, owned, patterns, statistic, full)
 
@@ -101,7 +100,7 @@ class LinearPruner:
                 placeholder = full[linear], full[linear], 0.0, None  # of the owner's shape
                 solution = solved.pop(linear, placeholder)
                 result = self._describe(pair, piece, linear, statistic, solution)
-                pruned[linear] = result.broadcast(processes, owners[linear], target=match_dense)
+                pruned[linear] = result.of_owner(share, linear, target=match_dense)
                 set_parameter(pair.sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
 
         return pruned

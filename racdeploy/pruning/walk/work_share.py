@@ -1,0 +1,54 @@
+"""Division of linears among the processes of a pruning: owners, sums for them, and their results.
+
+All processes make the same calls in the same order. A single process owns every linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from racdeploy.pruning.process_group import ProcessGroup
+
+T = TypeVar("T")
+
+
+class WorkShare:
+    """Linears with an owner each, the process that solves it."""
+
+    def __init__(self, processes: ProcessGroup, costs: Mapping[tuple[str, ...], int]) -> None:
+        """Assign owners.
+
+        Args:
+            costs: linears that one process solves together → their number of weights.
+        """
+        self._processes = processes
+        self._owners: dict[str, int] = {}
+        owners = processes.assign_owners(list(costs.values()))
+        for linears, owner in zip(costs, owners, strict=True):
+            self._owners |= dict.fromkeys(linears, owner)
+
+    def list_owned(self, linears: Sequence[str]) -> list[str]:
+        """Return those of some linears that this process owns."""
+        return [linear for linear in linears if self._owners[linear] == self._processes.rank]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by the sum over all processes, in all of them."""
+        self._processes.reduce(tensor)
+
+    def add_up_for_owners(self, tensor: Tensor, linears: Sequence[str]) -> None:
+        """Replace a tensor by the sum over all processes, in owners of some linears.
+
+        In other processes the tensor is undefined afterwards.
+        """
+        self._processes.reduce(tensor, [self._owners[linear] for linear in linears])
+
+    def get_tensor(self, linear: str, tensor: Tensor) -> Tensor:
+        """Return the tensor of a linear's owner; others pass one of the same shape and dtype."""
+        return self._processes.broadcast(tensor, self._owners[linear])
+
+    def get_object(self, linear: str, value: T) -> T:
+        """Return the object of a linear's owner."""
+        return self._processes.broadcast_object(value, self._owners[linear])
