@@ -361,7 +361,7 @@ def test_version_2_and_gaps_in_the_metadata_are_no_damage(intact: Path, tmp_path
         (row.zeros or 0) * count for row, count in zip(found.tensors, weights, strict=True)
     ) / sum(weights)
     assert found.summary["zeros_of_all_weights"] == pytest.approx(zeros, abs=1e-3)
-    assert [row["bits"] for row in found["tensors"]] == [8.5, 16, 32]
+    assert [row["bits"] for row in found.to_json()["tensors"]] == [8.5, 16, 32]
     outcome = CliRunner().invoke(app, ["inspect", str(file)])
     assert outcome.exit_code == 0
     assert "bits_per_weight: 10." in outcome.output

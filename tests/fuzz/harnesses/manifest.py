@@ -46,7 +46,7 @@ def target(data: bytes) -> None:
         with contextlib.suppress(RacdeployError):
             check_artifact_files(folder, manifest, artifact)
     with contextlib.suppress(RacdeployError):
-        _choose_context(manifest, 1 << 20)
+        _choose_context(manifest.generation, 1 << 20)
     with contextlib.suppress(RacdeployError):
         find_family({"model_type": manifest.base.get("model_type")})
     with contextlib.suppress(RacdeployError):
