@@ -103,7 +103,7 @@ class Tiers(FrozenModel):
 class Gate(FrozenModel):
     """Settings that all checks share; :func:`read_gate` returns them with a table for each check.
 
-    Args:
+    Attributes:
         confidence: of the two-sided intervals; 0.90 makes each limit a one-sided 5 % test.
         inconclusive: meaning of too little data for the exit code: ``fail`` is 3, ``pass`` is 0.
         checks: names of the checks that run; empty runs all.
