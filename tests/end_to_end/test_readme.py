@@ -87,7 +87,8 @@ def test_the_python_example_runs(
 ) -> None:
     """With the settings of the bundle that is built already, whose stages it takes."""
     (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    settings = 'target="ci-smoke", sparsity=0.5, trace_prompts=64, prompts=60'
+    chosen = {"prune.sparsity": 0.5, "traces.count": 64, "verify.count": 60}
+    settings = f'target="ci-smoke", recipe=racdeploy.Recipe.read(settings={chosen})'
     assert 'target="gguf"' in example
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RACDEPLOY_WORK", str(work))
