@@ -65,19 +65,24 @@ class Reference:
 
 
 def compute_references(
-    torch_engine: Any, checkpoint: Checkpoint, ids: Sequence[int]
+    torch_engine: Any, checkpoint: Checkpoint, ids: Sequence[int], expected_TV: Logits
 ) -> list[Reference]:
     """Return what an F32 file may compute: with ggml's table of GELU, and without.
 
     Args:
         torch_engine: the checkpoint, opened by the engine ``transformers``.
+        expected_TV: its logits, which are the reference where ggml rounds nothing else.
     """
     from racdeploy.engines.backends.transformers.torch_model import GgmlRounding
 
     activation = _name_activation(checkpoint)
+    has_tables = bool(checkpoint.family.lookup_table_modules)
+    if not has_tables and not checkpoint.shape.rounds_yarn_ramp:
+        return [Reference(activation, expected_TV)]
+
     exact_TV = torch_engine.logits(ids, rounding=GgmlRounding(has_tables=False))
     exact = Reference(activation, exact_TV)
-    if not checkpoint.family.lookup_table_modules:
+    if not has_tables:
         return [exact]
 
     table_TV = torch_engine.logits(ids, rounding=GgmlRounding())

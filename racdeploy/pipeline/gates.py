@@ -62,7 +62,7 @@ def check_artifact(
     torch_plugin = plugins.load("engines", "transformers")
     with torch_plugin.open_engine(checkpoint.folder, exact) as torch_engine:
         expected_TV = torch_engine.logits(ids)
-        references = f32_file.compute_references(torch_engine, checkpoint, ids)
+        references = f32_file.compute_references(torch_engine, checkpoint, ids, expected_TV)
 
     f32_note = f32_file.check(job, checkpoint, exact, ids, references)
     try:
