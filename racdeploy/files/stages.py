@@ -95,6 +95,10 @@ class Stage:
     def finish(self, summary: Inputs) -> None:
         write_atomic(self.folder / "stage.json", json.dumps(summary, indent=1, sort_keys=True))
 
+    def reopen(self) -> None:
+        """Make a finished stage unfinished; its files stay, and a later run resumes."""
+        (self.folder / "stage.json").unlink()
+
     @property
     def summary(self) -> Json:
         """The summary that :meth:`finish` has written; ArtifactError for a key it lacks."""

@@ -98,6 +98,6 @@ class AnswerCache:
         folder = stage.folder
         if stage.is_finished:
             self._repeated[folder] = stage
-            (folder / "stage.json").unlink()  # an interrupted run resumes its own answers
+            stage.reopen()  # an interrupted run resumes its own answers
         elif folder not in self._repeated:
             self._new_folders.add(folder)
