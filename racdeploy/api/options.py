@@ -63,6 +63,16 @@ _KEEP_HELP = "Share of a part to keep: {structures}; repeatable; default: the ta
 _OUT = ("--out", "-o")
 
 
+EvaluationPrompts = Annotated[
+    int | None,
+    Shown(
+        VERIFICATION,
+        "Number of evaluation prompts, in place of the tier's; default: 200.",
+        minimum=1,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
     """Options of every stage that asks the dense model: model, recipe, tasks and traces.
@@ -183,14 +193,7 @@ class BuildOptions(PruneOptions):
         ),
     ] = None
     tier: Annotated[str, Shown(VERIFICATION)] = ""
-    prompts: Annotated[
-        int | None,
-        Shown(
-            VERIFICATION,
-            "Number of evaluation prompts, in place of the tier's; default: 200.",
-            minimum=1,
-        ),
-    ] = None
+    prompts: EvaluationPrompts = None
     gate: Annotated[Gate | Path | None, Shown(VERIFICATION)] = None
     compare_same_size: Annotated[
         bool, Shown(VERIFICATION, "Evaluate dense models of about the artifact's size too.")
@@ -287,14 +290,7 @@ class TuneOptions(TraceOptions):
         ),
     ] = None
     tier: Annotated[str, Shown(VERIFICATION)] = ""
-    prompts: Annotated[
-        int | None,
-        Shown(
-            VERIFICATION,
-            "Number of evaluation prompts, in place of the tier's; default: 200.",
-            minimum=1,
-        ),
-    ] = None
+    prompts: EvaluationPrompts = None
     out: Annotated[Path | None, Shown(OUTPUT, names=_OUT)] = None
 
     def to_settings(self) -> TomlTable:
