@@ -186,7 +186,7 @@ class GenerationSettings(_Entry):
 
 @dataclass(frozen=True)
 class RunTimeSettings:
-    """What is needed to ask a model: of a bundle a part of its manifest, else read from the model.
+    """Settings to ask a model with: part of a bundle's manifest, else read from the model.
 
     Args:
         name: of the model in reports.

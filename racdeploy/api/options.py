@@ -37,8 +37,8 @@ PANELS = (
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What ``--help`` shows of an option.
+class OptionHelp:
+    """Text, group and bounds of an option in ``--help``.
 
     Args:
         panel: group of the option.
@@ -58,14 +58,14 @@ class Shown:
 
 _MODEL_HELP = "Local folder or Hub id; default: tiny-reasoner, the embedded model."
 _SETTINGS_HELP = "Recipe key and TOML value; repeatable; overrides other options."
-_SETTINGS = Shown(MODEL, _SETTINGS_HELP, "PART.KEY=VALUE", ("--set",))
+_SETTINGS = OptionHelp(MODEL, _SETTINGS_HELP, "PART.KEY=VALUE", ("--set",))
 _KEEP_HELP = "Share of a part to keep: {structures}; repeatable; default: the target's."
 _OUT = ("--out", "-o")
 
 
 EvaluationPrompts = Annotated[
     int | None,
-    Shown(
+    OptionHelp(
         VERIFICATION,
         "Number of evaluation prompts, in place of the tier's; default: 200.",
         minimum=1,
@@ -82,26 +82,26 @@ class TraceOptions:
         settings: nested values of the recipe, which override the other options.
     """
 
-    model: Annotated[str | None, Shown(MODEL, _MODEL_HELP, is_argument=True)] = None
-    target: Annotated[str | None, Shown(MODEL)] = None
+    model: Annotated[str | None, OptionHelp(MODEL, _MODEL_HELP, is_argument=True)] = None
+    target: Annotated[str | None, OptionHelp(MODEL)] = None
     recipe: Annotated[
-        Recipe | Path | None, Shown(MODEL, "TOML recipe; racdeploy init writes one.")
+        Recipe | Path | None, OptionHelp(MODEL, "TOML recipe; racdeploy init writes one.")
     ] = None
     settings: Annotated[Mapping[str, Any], _SETTINGS] = field(default_factory=dict)
-    tasks: Annotated[Names, Shown(MODEL)] = ()
+    tasks: Annotated[Names, OptionHelp(MODEL)] = ()
     calibration_tasks: Annotated[
-        Names, Shown(MODEL, "Tasks for the traces; default: the tasks to verify on.")
+        Names, OptionHelp(MODEL, "Tasks for the traces; default: the tasks to verify on.")
     ] = ()
     trace_prompts: Annotated[
-        int | None, Shown(MODEL, "Number of calibration prompts; default: 256.", minimum=1)
+        int | None, OptionHelp(MODEL, "Number of calibration prompts; default: 256.", minimum=1)
     ] = None
     trace_server: Annotated[
         str | None,
-        Shown(MODEL, "OpenAI-compatible API that generates the traces, http://HOST:PORT/v1."),
+        OptionHelp(MODEL, "OpenAI-compatible API that generates the traces, http://HOST:PORT/v1."),
     ] = None
-    key_host: Annotated[str, Shown(MODEL, metavar="HOST")] = ""
-    work: Annotated[Path | None, Shown(OUTPUT)] = None
-    threads: Annotated[int, Shown(OUTPUT, minimum=0)] = 0
+    key_host: Annotated[str, OptionHelp(MODEL, metavar="HOST")] = ""
+    work: Annotated[Path | None, OptionHelp(OUTPUT)] = None
+    threads: Annotated[int, OptionHelp(OUTPUT, minimum=0)] = 0
 
     def to_settings(self) -> TomlTable:
         """Return the values that the options set in a recipe; None where one is not given."""
@@ -124,20 +124,20 @@ class PruneOptions(TraceOptions):
 
     calibration: Annotated[
         str | None,
-        Shown(
+        OptionHelp(
             MODEL,
             "Part of the traces to prune on: rac (prompt and thinking; default) or prompt.",
         ),
     ] = None
-    keep: Annotated[Mapping[str, float], Shown(PRUNING, _KEEP_HELP, "PART=SHARE")] = field(
+    keep: Annotated[Mapping[str, float], OptionHelp(PRUNING, _KEEP_HELP, "PART=SHARE")] = field(
         default_factory=dict
     )
     vocabulary_text: Annotated[
-        Names, Shown(PRUNING, "Texts whose tokens a cut vocabulary keeps.")
+        Names, OptionHelp(PRUNING, "Texts whose tokens a cut vocabulary keeps.")
     ] = ()
     sparsity: Annotated[
         float | str | None,
-        Shown(
+        OptionHelp(
             PRUNING,
             "Fraction of zeros, 0 to 1; default: 0, or 0.5 if other options need zeros.",
             "SHARE",
@@ -145,15 +145,15 @@ class PruneOptions(TraceOptions):
     ] = None
     pattern: Annotated[
         str | None,
-        Shown(PRUNING, "N:M, with N weights kept of M; or unstructured, the default."),
+        OptionHelp(PRUNING, "N:M, with N weights kept of M; or unstructured, the default."),
     ] = None
-    method: Annotated[str | None, Shown(PRUNING, "Pruning method; default: sparsegpt.")] = None
+    method: Annotated[str | None, OptionHelp(PRUNING, "Pruning method; default: sparsegpt.")] = None
     recover_tokens: Annotated[
         int | None,
-        Shown(RECOVERY, "Tokens of the training that recovers accuracy; 0 is off.", minimum=0),
+        OptionHelp(RECOVERY, "Tokens of the training that recovers accuracy; 0 is off.", minimum=0),
     ] = None
     shorten: Annotated[
-        bool, Shown(RECOVERY, "First let the model learn to think less; see docs/thinking.md.")
+        bool, OptionHelp(RECOVERY, "First let the model learn to think less; see docs/thinking.md.")
     ] = False
 
     def to_settings(self) -> TomlTable:
@@ -173,32 +173,32 @@ class PruneOptions(TraceOptions):
 class BuildOptions(PruneOptions):
     """Options of a whole build."""
 
-    more_targets: Annotated[Names, Shown(MODEL)] = ()
+    more_targets: Annotated[Names, OptionHelp(MODEL)] = ()
     quant: Annotated[
         str | None,
-        Shown(FORMAT, "Number format of the linears; default: q8_0, or the target's."),
+        OptionHelp(FORMAT, "Number format of the linears; default: q8_0, or the target's."),
     ] = None
     packing: Annotated[
         str | None,
-        Shown(FORMAT, "Storage of the zeros; default: plain, stored like other weights."),
+        OptionHelp(FORMAT, "Storage of the zeros; default: plain, stored like other weights."),
     ] = None
     allow_losing_zeros: Annotated[
-        bool, Shown(FORMAT, "Continue even if the number format does not preserve the zeros.")
+        bool, OptionHelp(FORMAT, "Continue even if the number format does not preserve the zeros.")
     ] = False
     accept_token_differences: Annotated[
         float | None,
-        Shown(
+        OptionHelp(
             FORMAT,
             "Share of hard strings that llama.cpp may tokenize differently; default: 0.",
         ),
     ] = None
-    tier: Annotated[str, Shown(VERIFICATION)] = ""
+    tier: Annotated[str, OptionHelp(VERIFICATION)] = ""
     prompts: EvaluationPrompts = None
-    gate: Annotated[Gate | Path | None, Shown(VERIFICATION)] = None
+    gate: Annotated[Gate | Path | None, OptionHelp(VERIFICATION)] = None
     compare_same_size: Annotated[
-        bool, Shown(VERIFICATION, "Evaluate dense models of about the artifact's size too.")
+        bool, OptionHelp(VERIFICATION, "Evaluate dense models of about the artifact's size too.")
     ] = False
-    out: Annotated[Path | None, Shown(OUTPUT, names=_OUT)] = None
+    out: Annotated[Path | None, OptionHelp(OUTPUT, names=_OUT)] = None
 
     def to_settings(self) -> TomlTable:
         """Return the values that the options set in a recipe; None where one is not given."""
@@ -224,10 +224,10 @@ class BuildOptions(PruneOptions):
 class RecoverOptions(TraceOptions):
     """Options of the recovery of a pruned model."""
 
-    pruned: Annotated[Path | None, Shown(MODEL, is_argument=True)] = None
+    pruned: Annotated[Path | None, OptionHelp(MODEL, is_argument=True)] = None
     recover_tokens: Annotated[
         int | None,
-        Shown(RECOVERY, "Tokens of the training that recovers accuracy; 0 is off.", minimum=0),
+        OptionHelp(RECOVERY, "Tokens of the training that recovers accuracy; 0 is off.", minimum=0),
     ] = None
 
     def to_settings(self) -> TomlTable:
@@ -239,14 +239,14 @@ class RecoverOptions(TraceOptions):
 class ExportOptions:
     """Options of an export."""
 
-    model: Annotated[str, Shown(MODEL, _MODEL_HELP, is_argument=True)]
-    target: Annotated[str | None, Shown(MODEL)] = None
-    quant: Annotated[str | None, Shown(FORMAT)] = None
-    packing: Annotated[str | None, Shown(FORMAT)] = None
-    allow_losing_zeros: Annotated[bool, Shown(FORMAT)] = False
-    accept_token_differences: Annotated[float | None, Shown(FORMAT)] = None
-    out: Annotated[Path | None, Shown(OUTPUT, names=_OUT)] = None
-    work: Annotated[Path | None, Shown(OUTPUT)] = None
+    model: Annotated[str, OptionHelp(MODEL, _MODEL_HELP, is_argument=True)]
+    target: Annotated[str | None, OptionHelp(MODEL)] = None
+    quant: Annotated[str | None, OptionHelp(FORMAT)] = None
+    packing: Annotated[str | None, OptionHelp(FORMAT)] = None
+    allow_losing_zeros: Annotated[bool, OptionHelp(FORMAT)] = False
+    accept_token_differences: Annotated[float | None, OptionHelp(FORMAT)] = None
+    out: Annotated[Path | None, OptionHelp(OUTPUT, names=_OUT)] = None
+    work: Annotated[Path | None, OptionHelp(OUTPUT)] = None
 
     def to_settings(self) -> TomlTable:
         """Return the values that the options set in a recipe; None where one is not given."""
@@ -268,30 +268,34 @@ class TuneOptions(TraceOptions):
 
     objective: Annotated[
         str | None,
-        Shown(LIMITS, "accuracy, the default, size, speed or seconds-per-correct-answer."),
+        OptionHelp(LIMITS, "accuracy, the default, size, speed or seconds-per-correct-answer."),
     ] = None
-    max_bytes: Annotated[int | None, Shown(LIMITS, "Maximum file size, as 1.5GB.", "SIZE")] = None
+    max_bytes: Annotated[int | None, OptionHelp(LIMITS, "Maximum file size, as 1.5GB.", "SIZE")] = (
+        None
+    )
     max_memory: Annotated[
-        int | None, Shown(LIMITS, "Maximum memory, as 4GB; default: the target's.", "SIZE")
+        int | None, OptionHelp(LIMITS, "Maximum memory, as 4GB; default: the target's.", "SIZE")
     ] = None
-    min_tokens_per_s: Annotated[float | None, Shown(LIMITS, "Minimum speed on the target.")] = None
+    min_tokens_per_s: Annotated[
+        float | None, OptionHelp(LIMITS, "Minimum speed on the target.")
+    ] = None
     min_accuracy_ratio: Annotated[
-        float | None, Shown(LIMITS, "Minimum share of the dense model's accuracy.")
+        float | None, OptionHelp(LIMITS, "Minimum share of the dense model's accuracy.")
     ] = None
     budget: Annotated[
-        float | None, Shown(LIMITS, "Maximum time of the search, as 90m or 2h.", "TIME")
+        float | None, OptionHelp(LIMITS, "Maximum time of the search, as 90m or 2h.", "TIME")
     ] = None
     recover_tokens: Annotated[
         int | None,
-        Shown(
+        OptionHelp(
             RECOVERY,
             "Tokens of the training of pruned candidates; 0 is off.",
             minimum=0,
         ),
     ] = None
-    tier: Annotated[str, Shown(VERIFICATION)] = ""
+    tier: Annotated[str, OptionHelp(VERIFICATION)] = ""
     prompts: EvaluationPrompts = None
-    out: Annotated[Path | None, Shown(OUTPUT, names=_OUT)] = None
+    out: Annotated[Path | None, OptionHelp(OUTPUT, names=_OUT)] = None
 
     def to_settings(self) -> TomlTable:
         """Return the values that the options set in a recipe; None where one is not given."""
@@ -313,49 +317,49 @@ class TuneOptions(TraceOptions):
 class VerifyOptions:
     """Options of the verification of a bundle."""
 
-    bundle: Annotated[Path, Shown(is_argument=True)]
-    tier: Annotated[str, Shown(VERIFICATION)] = ""
-    tasks: Annotated[Names, Shown(VERIFICATION)] = ()
-    gate: Annotated[Gate | Path | None, Shown(VERIFICATION)] = None
-    baseline: Annotated[Path | None, Shown(VERIFICATION)] = None
-    server: Annotated[str, Shown(SERVER)] = ""
-    server_model: Annotated[str, Shown(SERVER)] = ""
-    server_key_env: Annotated[str, Shown(SERVER)] = ""
-    server_api: Annotated[Literal["chat", "completions"], Shown(SERVER)] = "chat"
-    server_timeout: Annotated[float, Shown(SERVER, metavar="SECONDS", minimum=0.1)] = 1800.0
-    harness: Annotated[str, Shown(HARNESS)] = ""
+    bundle: Annotated[Path, OptionHelp(is_argument=True)]
+    tier: Annotated[str, OptionHelp(VERIFICATION)] = ""
+    tasks: Annotated[Names, OptionHelp(VERIFICATION)] = ()
+    gate: Annotated[Gate | Path | None, OptionHelp(VERIFICATION)] = None
+    baseline: Annotated[Path | None, OptionHelp(VERIFICATION)] = None
+    server: Annotated[str, OptionHelp(SERVER)] = ""
+    server_model: Annotated[str, OptionHelp(SERVER)] = ""
+    server_key_env: Annotated[str, OptionHelp(SERVER)] = ""
+    server_api: Annotated[Literal["chat", "completions"], OptionHelp(SERVER)] = "chat"
+    server_timeout: Annotated[float, OptionHelp(SERVER, metavar="SECONDS", minimum=0.1)] = 1800.0
+    harness: Annotated[str, OptionHelp(HARNESS)] = ""
     harness_tasks: Annotated[
-        Names, Shown(HARNESS, "Names of the harness's tasks, separated by commas.", "NAMES")
+        Names, OptionHelp(HARNESS, "Names of the harness's tasks, separated by commas.", "NAMES")
     ] = ()
-    harness_limit: Annotated[int, Shown(HARNESS, minimum=0)] = 0
-    harness_include: Annotated[Path | None, Shown(HARNESS)] = None
-    harness_python: Annotated[Path | None, Shown(HARNESS)] = None
-    signature: Annotated[Path | None, Shown(SIGNATURE)] = None
-    public_key: Annotated[Path | None, Shown(SIGNATURE)] = None
-    identity: Annotated[str, Shown(SIGNATURE, metavar="WHO")] = ""
-    issuer: Annotated[str, Shown(SIGNATURE, metavar="URL")] = ""
-    work: Annotated[Path | None, Shown(OUTPUT)] = None
-    accel: Annotated[AccelMode, Shown(OUTPUT)] = "auto"
-    threads: Annotated[int, Shown(OUTPUT, minimum=0)] = 0
+    harness_limit: Annotated[int, OptionHelp(HARNESS, minimum=0)] = 0
+    harness_include: Annotated[Path | None, OptionHelp(HARNESS)] = None
+    harness_python: Annotated[Path | None, OptionHelp(HARNESS)] = None
+    signature: Annotated[Path | None, OptionHelp(SIGNATURE)] = None
+    public_key: Annotated[Path | None, OptionHelp(SIGNATURE)] = None
+    identity: Annotated[str, OptionHelp(SIGNATURE, metavar="WHO")] = ""
+    issuer: Annotated[str, OptionHelp(SIGNATURE, metavar="URL")] = ""
+    work: Annotated[Path | None, OptionHelp(OUTPUT)] = None
+    accel: Annotated[AccelMode, OptionHelp(OUTPUT)] = "auto"
+    threads: Annotated[int, OptionHelp(OUTPUT, minimum=0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
     """Options of the questions and answers of compared models."""
 
-    tasks: Annotated[Names, Shown()] = ()
-    prompts: Annotated[int | None, Shown(minimum=1)] = None
-    samples: Annotated[int | None, Shown(minimum=1)] = None
-    temperature: Annotated[float | None, Shown()] = None
-    max_new_tokens: Annotated[int | None, Shown()] = None
-    max_thinking_tokens: Annotated[int | None, Shown()] = None
-    context_tokens: Annotated[int | None, Shown()] = None
-    parallel: Annotated[int | None, Shown()] = None
-    seed: Annotated[int | None, Shown()] = None
-    cache_type: Annotated[Literal["f16", "f32", "q8_0"], Shown()] = "f16"
-    flash_attention: Annotated[bool, Shown()] = False
-    work: Annotated[Path | None, Shown(OUTPUT)] = None
-    threads: Annotated[int, Shown(OUTPUT, minimum=0)] = 0
+    tasks: Annotated[Names, OptionHelp()] = ()
+    prompts: Annotated[int | None, OptionHelp(minimum=1)] = None
+    samples: Annotated[int | None, OptionHelp(minimum=1)] = None
+    temperature: Annotated[float | None, OptionHelp()] = None
+    max_new_tokens: Annotated[int | None, OptionHelp()] = None
+    max_thinking_tokens: Annotated[int | None, OptionHelp()] = None
+    context_tokens: Annotated[int | None, OptionHelp()] = None
+    parallel: Annotated[int | None, OptionHelp()] = None
+    seed: Annotated[int | None, OptionHelp()] = None
+    cache_type: Annotated[Literal["f16", "f32", "q8_0"], OptionHelp()] = "f16"
+    flash_attention: Annotated[bool, OptionHelp()] = False
+    work: Annotated[Path | None, OptionHelp(OUTPUT)] = None
+    threads: Annotated[int, OptionHelp(OUTPUT, minimum=0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,19 +370,19 @@ class CompareOptions(AnswerOptions):
         candidates: texts: a path would spoil the address of a server.
     """
 
-    candidates: Annotated[Names, Shown(is_argument=True)]
-    against: Annotated[str, Shown()]
-    server_key_env: Annotated[str, Shown()] = ""
-    tier: Annotated[str, Shown(VERIFICATION)] = ""
-    gate: Annotated[Gate | Path | None, Shown(VERIFICATION)] = None
+    candidates: Annotated[Names, OptionHelp(is_argument=True)]
+    against: Annotated[str, OptionHelp()]
+    server_key_env: Annotated[str, OptionHelp()] = ""
+    tier: Annotated[str, OptionHelp(VERIFICATION)] = ""
+    gate: Annotated[Gate | Path | None, OptionHelp(VERIFICATION)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions(AnswerOptions):
     """Options of the record of a reference."""
 
-    model: Annotated[Path, Shown(is_argument=True)]
-    out: Annotated[Path, Shown(OUTPUT, names=_OUT)]
+    model: Annotated[Path, OptionHelp(is_argument=True)]
+    out: Annotated[Path, OptionHelp(OUTPUT, names=_OUT)]
 
 
 def _read_gate_table(gate: Gate | Path | None) -> TomlTable | None:

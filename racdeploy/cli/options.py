@@ -16,7 +16,7 @@ import typer
 
 from racdeploy import plugins
 from racdeploy.api import functions, options
-from racdeploy.api.options import Names, Shown
+from racdeploy.api.options import Names, OptionHelp
 from racdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _make_record(record: type[R], values: Mapping[str, Any]) -> R:
     return record(**given)
 
 
-def _make_parameter(each: Field[Any], kind: Any, shown: Shown, meaning: str) -> Parameter:
+def _make_parameter(each: Field[Any], kind: Any, shown: OptionHelp, meaning: str) -> Parameter:
     """Return the parameter from which typer makes an option or an argument."""
     default = Parameter.empty if each.default is MISSING else each.default
     if each.name in _READERS:

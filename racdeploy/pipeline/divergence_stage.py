@@ -27,14 +27,14 @@ _TEXT = files("racdeploy.pipeline") / "plain_text.txt"
 
 
 @dataclass(frozen=True)
-class Divergence:
+class MeanDivergence:
     """Mean KL divergence from the dense model in nats, on held-out traces and on plain text."""
 
     traces: float
     text: float
 
 
-def measure_divergence(build: Build) -> Divergence:
+def measure_divergence(build: Build) -> MeanDivergence:
     """Return the divergence of a build's pruned model, or the one measured earlier."""
     model = build.prune()
     trace_folder, _ = build.traces()
@@ -47,10 +47,10 @@ def measure_divergence(build: Build) -> Divergence:
     stage = build.workspace.open("divergence", inputs)
     if not stage.is_finished:
         stage.finish(asdict(_compare(build, model)))
-    return Divergence(**stage.summary)
+    return MeanDivergence(**stage.summary)
 
 
-def _compare(build: Build, model: PrunedModel) -> Divergence:
+def _compare(build: Build, model: PrunedModel) -> MeanDivergence:
     trace_ids = _list_trace_ids(build)
     text_ids = _list_text_ids(build)
     ids = [*trace_ids, *text_ids]
@@ -62,7 +62,7 @@ def _compare(build: Build, model: PrunedModel) -> Divergence:
     # Both kinds in one run: each model is loaded once.
     kl = DenseLogits(dense, ids).list_kl(pruned)
     count = len(trace_ids)
-    return Divergence(traces=_mean(kl[:count]), text=_mean(kl[count:]))
+    return MeanDivergence(traces=_mean(kl[:count]), text=_mean(kl[count:]))
 
 
 def _mean(kl: Sequence[Floats]) -> float:

@@ -39,7 +39,7 @@ _ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "mlp_hidden_act")
 
 
 @dataclass(frozen=True)
-class Reference:
+class TorchReference:
     """Logits under torch that an F32 file may have.
 
     Args:
@@ -66,7 +66,7 @@ class Reference:
 
 def compute_references(
     torch_engine: Any, checkpoint: Checkpoint, ids: Sequence[int], expected_TV: Logits
-) -> list[Reference]:
+) -> list[TorchReference]:
     """Return what an F32 file may compute: with ggml's table of GELU, and without.
 
     Args:
@@ -78,15 +78,15 @@ def compute_references(
     activation = _name_activation(checkpoint)
     has_tables = bool(checkpoint.family.lookup_table_modules)
     if not has_tables and not checkpoint.shape.rounds_yarn_ramp:
-        return [Reference(activation, expected_TV)]
+        return [TorchReference(activation, expected_TV)]
 
     exact_TV = torch_engine.logits(ids, rounding=GgmlRounding(has_tables=False))
-    exact = Reference(activation, exact_TV)
+    exact = TorchReference(activation, exact_TV)
     if not has_tables:
         return [exact]
 
     table_TV = torch_engine.logits(ids, rounding=GgmlRounding())
-    table = Reference(
+    table = TorchReference(
         f"{activation}, looked up in half precision", table_TV, limit=MAX_LOOKUP_ERROR
     )
     jittered_TV = torch_engine.logits(ids, rounding=GgmlRounding(jitter_seed=0))
@@ -99,7 +99,7 @@ def check(
     checkpoint: Checkpoint,
     engine_settings: EngineSettings,
     ids: Sequence[int],
-    references: Sequence[Reference],
+    references: Sequence[TorchReference],
 ) -> str:
     """Return a sentence on an F32 file's error against torch, or on why it was not compared.
 
@@ -127,7 +127,7 @@ def check(
     return judge(file_TV, references, f"{job.backend} on {processor}")
 
 
-def judge(file_TV: Logits, references: Sequence[Reference], engine: str) -> str:
+def judge(file_TV: Logits, references: Sequence[TorchReference], engine: str) -> str:
     """Return a sentence on the error against the nearest reference; GateError if it is too far."""
     errors = [reference.measure_error(file_TV) for reference in references]
     medians = [float(np.median(error_T)) for error_T in errors]

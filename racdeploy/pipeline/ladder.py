@@ -18,7 +18,7 @@ from racdeploy.errors import UsageError
 from racdeploy.pipeline.artifact_sizes import SizePredictor
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.bundling import BundleContents
-from racdeploy.pipeline.divergence_stage import Divergence, measure_divergence
+from racdeploy.pipeline.divergence_stage import MeanDivergence, measure_divergence
 from racdeploy.pipeline.preflight import check_memory, plan_artifact
 from racdeploy.pipeline.rung_losses import find_losses
 from racdeploy.recipe import LadderLimits
@@ -145,7 +145,7 @@ class Ladder:
             index -= 1
         return index, notes
 
-    def _describe(self, divergence: Divergence) -> str:
+    def _describe(self, divergence: MeanDivergence) -> str:
         limits = self._limits
         return (
             "KL from the dense model "

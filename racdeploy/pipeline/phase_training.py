@@ -36,7 +36,7 @@ _PHASE_INDEPENDENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
-    """What a process needs for a phase; it is sent to the other processes of a job.
+    """Request to train one phase, as it is sent to the other processes of a job.
 
     Args:
         sparse: folder of the student.

@@ -44,7 +44,7 @@ returns the new folder."""
 
 @dataclass(frozen=True)
 class _RecoveryContext:
-    """What the phases of one recovery have in common.
+    """Models, traces and settings that the phases of one recovery share.
 
     Args:
         name: name of the recovered model's folder.

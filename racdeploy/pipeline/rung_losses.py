@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from racdeploy.pipeline.divergence_stage import Divergence
+from racdeploy.pipeline.divergence_stage import MeanDivergence
 from racdeploy.recipe import LadderLimits
 from racdeploy.results.report import Report
 from racdeploy.results.units import format_points
 
 
 def find_losses(
-    limits: LadderLimits, divergence: Divergence | None = None, report: Report | None = None
+    limits: LadderLimits, divergence: MeanDivergence | None = None, report: Report | None = None
 ) -> list[str]:
     """Return what is measurably worse than dense in a rung; empty if nothing is.
 
@@ -26,7 +26,7 @@ def find_losses(
     return losses
 
 
-def _find_divergences(limits: LadderLimits, divergence: Divergence) -> list[str]:
+def _find_divergences(limits: LadderLimits, divergence: MeanDivergence) -> list[str]:
     losses = []
     if divergence.traces > limits.max_kl_traces:
         losses.append(f"a KL of {divergence.traces:.2g} on traces")

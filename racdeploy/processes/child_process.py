@@ -47,7 +47,7 @@ UNLIMITED = ProcessLimits(0, 0)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ChildResult:
     """Result of a child: the JSON value of its stdout's last line, or None.
 
     ``failure`` is the reason why there is no result, as ``died with SIGSEGV: it wrote nothing``, or
@@ -152,7 +152,7 @@ def run_module(
     limits: ProcessLimits = UNLIMITED,
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
-) -> Outcome:
+) -> ChildResult:
     """Run a module in its own process; kill it after ``timeout_s``."""
     try:
         done = subprocess.run(
@@ -166,19 +166,19 @@ def run_module(
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Outcome(None, f"did not end within {timeout_s:.0f} s")
+        return ChildResult(None, f"did not end within {timeout_s:.0f} s")
 
     if done.returncode:
         verb = "died" if done.returncode < 0 else "ended"
         output = done.stderr[-_OUTPUT_CHARACTERS:].splitlines()
         reasons = [line for line in output if not line.lstrip().startswith("→")]  # no remedies
         last = _last_line("\n".join(reasons)) or "it wrote nothing"
-        return Outcome(None, f"{verb} with {describe_exit(done.returncode)}: {last}")
+        return ChildResult(None, f"{verb} with {describe_exit(done.returncode)}: {last}")
 
     try:
-        return Outcome(json.loads(_last_line(done.stdout)))
+        return ChildResult(json.loads(_last_line(done.stdout)))
     except json.JSONDecodeError:
-        return Outcome(None)
+        return ChildResult(None)
 
 
 def describe_exit(code: int) -> str:

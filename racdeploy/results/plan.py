@@ -14,7 +14,7 @@ from racdeploy.plugins import Names
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactPlan:
-    """What a build makes, of which model, and what its traces and answers cost at most.
+    """Artifact of a build: its model and format, and the most that traces and answers cost.
 
     Args:
         model: folder or id of the dense model.

@@ -196,8 +196,8 @@ def test_an_engine_without_a_table_passes_by_the_exact_reference() -> None:
     exact_TV = generator.normal(size=(40, 480)).astype(np.float32)
     table_TV = exact_TV + 5e-4
     references = [
-        f32_file.Reference("exact", exact_TV),
-        f32_file.Reference("table", table_TV, limit=f32_file.MAX_LOOKUP_ERROR),
+        f32_file.TorchReference("exact", exact_TV),
+        f32_file.TorchReference("table", table_TV, limit=f32_file.MAX_LOOKUP_ERROR),
     ]
     assert "exact)" in f32_file.judge(exact_TV, references, "llamacpp")
     assert "table)" in f32_file.judge(table_TV, references, "llamacpp")
@@ -210,7 +210,7 @@ def test_an_engine_without_a_table_passes_by_the_exact_reference() -> None:
 def test_lookups_explain_no_more_than_two_passes_of_torch_differ() -> None:
     """The median's limit is 1.5 of theirs, and never below that of sums."""
     exact_TV = np.ones((40, 480), np.float32)
-    reference = f32_file.Reference("table", exact_TV, f32_file.MAX_LOOKUP_ERROR, 2e-4)
+    reference = f32_file.TorchReference("table", exact_TV, f32_file.MAX_LOOKUP_ERROR, 2e-4)
     assert "positions by 1.8e-04" in f32_file.judge(exact_TV + 1.8e-4, [reference], "llamacpp")
     with raises("f32-file-differs", "limit 0.0002"):
         f32_file.judge(exact_TV + 2.2e-4, [reference], "llamacpp")

@@ -12,7 +12,7 @@ import pytest
 from racdeploy.pipeline import divergence_stage, ladder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.bundling import BundleContents
-from racdeploy.pipeline.divergence_stage import Divergence, measure_divergence
+from racdeploy.pipeline.divergence_stage import MeanDivergence, measure_divergence
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.ladder import Ladder
 from racdeploy.pipeline.rung_losses import find_losses
@@ -27,7 +27,7 @@ from tests.support.sample_report import build_report
 from tests.support.tiny_models import make_checkpoint
 
 LIMITS = LadderLimits()
-NEAR = Divergence(traces=LIMITS.max_kl_traces, text=LIMITS.max_kl_text)
+NEAR = MeanDivergence(traces=LIMITS.max_kl_traces, text=LIMITS.max_kl_text)
 NAMES = ["q8_0", "q5_0", "q4_0", "ffn 0.5 q4_0"]
 RUNGS = [{"quant": name} for name in NAMES[:3]] + [{"quant": "q4_0", "keep": {"ffn": 0.5}}]
 QUICK: Mapping[str, Any] = {
@@ -169,7 +169,7 @@ def test_the_narrowest_rung_near_the_dense_model_is_tried_first(
     names = {id(build): name for name, build in found.rungs.items()}
     asked = []
 
-    def measure(build: Build) -> Divergence:
+    def measure(build: Build) -> MeanDivergence:
         name = names[id(build)]
         asked.append(NAMES.index(name))
         return NEAR if name in near else replace(NEAR, text=2 * NEAR.text)
@@ -251,11 +251,13 @@ def test_divergence_is_measured_once(
     ("divergence", "losses"),
     [
         (NEAR, []),
-        (Divergence(traces=9e-4, text=0.0), ["a KL of 0.0009 on traces"]),
-        (Divergence(traces=0.0, text=0.11), ["a KL of 0.11 on text"]),
+        (MeanDivergence(traces=9e-4, text=0.0), ["a KL of 0.0009 on traces"]),
+        (MeanDivergence(traces=0.0, text=0.11), ["a KL of 0.11 on text"]),
     ],
 )
-def test_a_divergence_above_a_limit_is_a_loss(divergence: Divergence, losses: list[str]) -> None:
+def test_a_divergence_above_a_limit_is_a_loss(
+    divergence: MeanDivergence, losses: list[str]
+) -> None:
     assert find_losses(LIMITS, divergence) == losses
 
 
@@ -263,7 +265,7 @@ def test_the_recipe_sets_the_limits(model: Path, tmp_path: Path) -> None:
     """A ladder judges by its recipe's limits, and says them in its notes."""
     limits = {"max_kl_traces": 0.0, "max_kl_text": 9.0, "min_prompts": 10}
     found = open_ladder(model, tmp_path, ladder=limits)
-    assert find_losses(found._limits, Divergence(traces=1e-9, text=8.0)) == [
+    assert find_losses(found._limits, MeanDivergence(traces=1e-9, text=8.0)) == [
         "a KL of 1e-09 on traces"
     ]
     assert found._describe(NEAR).endswith("0.0008 on traces (limit 0), 0.1 on text (limit 9)")
