@@ -22,10 +22,9 @@ TESTS_OPTIMUM ?= $(addprefix tests/,contracts engines end_to_end exporting pruni
 
 TESTS_DOCS := documents examples packaging
 KERNELS ?= slow or not slow
-PYTEST = $(BIN)/python -m pytest -n logical --dist worksteal --durations 20 --junitxml build/junit-$@.xml
-
-# Empty is unset: else each of the thousands of processes that the tests start compiles racdeploy again.
-export PYTHONDONTWRITEBYTECODE :=
+# Tests write no bytecode (tests/conftest.py), so that it is written before the thousands of processes that they start.
+COMPILE = $(BIN)/python -m compileall -q -f racdeploy tests benchmarks
+PYTEST = $(COMPILE) && $(BIN)/python -m pytest -n logical --dist worksteal --durations 20 --junitxml build/junit-$@.xml
 
 .PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz lint docs check clean
 

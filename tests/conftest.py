@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -21,6 +22,11 @@ _BEGAN_S = pytest.StashKey[float]()
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 let_children_take_signals()
+
+# A child whose files are limited in size would leave half of a module's bytecode, without an error
+# of Python's, for all that come after it.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def _take_own_core() -> None:
