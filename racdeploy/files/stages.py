@@ -99,6 +99,10 @@ class Stage:
         """Make a finished stage unfinished; its files stay, and a later run resumes."""
         (self.folder / "stage.json").unlink()
 
+    def release(self) -> None:
+        """Let other processes work in the folder; else they wait for the end of this one."""
+        release_folder(self.folder)
+
     @property
     def summary(self) -> Json:
         """The summary that :meth:`finish` has written; ArtifactError for a key it lacks."""

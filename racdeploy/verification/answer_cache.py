@@ -39,7 +39,7 @@ class AnswerCache:
     work: Path
     repeats_finished: bool = False
     keeps: bool = True
-    _new_folders: set[Path] = field(default_factory=set, init=False, compare=False)
+    _new: dict[Path, Stage] = field(default_factory=dict, init=False, compare=False)
     _repeated: dict[Path, Stage] = field(default_factory=dict, init=False, compare=False)
 
     def answer(
@@ -76,6 +76,7 @@ class AnswerCache:
         answers = sampler.answer(opener, problems, arm, CompletionLog(log))
         if is_finished and not self.repeats_finished and answers.reused:
             counted = read_json(costs) if costs.is_file() else {}
+            stage.release()
             stats = {name: float(value) for name, value in counted.get("stats", {}).items()}
             kernels = str(counted.get("kernels", ""))
             return replace(answers, reused_stats=stats, kernels=kernels)
@@ -84,14 +85,18 @@ class AnswerCache:
         write_atomic(costs, json.dumps({"stats": dict(answers.stats), "kernels": answers.kernels}))
         if self.keeps:
             stage.finish({"answers": len(answers.records)})
+            # The answers are in memory now, and a program that has built may live on for long.
+            stage.release()
         return answers
 
     def forget(self) -> None:
         """Remove the answers of this run, except those that a build had finished before."""
-        for folder in self._new_folders:
+        for folder, stage in self._new.items():
             shutil.rmtree(folder)
+            stage.release()
         for folder, stage in self._repeated.items():
             stage.finish({"answers": len((folder / _LOG).read_bytes().splitlines())})
+            stage.release()
 
     def _borrow(self, stage: Stage) -> None:
         """Take a stage for this run alone: while it answers, the stage is not finished."""
@@ -100,4 +105,4 @@ class AnswerCache:
             self._repeated[folder] = stage
             stage.reopen()  # an interrupted run resumes its own answers
         elif folder not in self._repeated:
-            self._new_folders.add(folder)
+            self._new[folder] = stage

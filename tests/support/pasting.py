@@ -37,7 +37,7 @@ if reply["instead"]:
     os.execvp(reply["instead"][0], reply["instead"])
 sys.exit(reply["code"])
 """
-_LIMIT_S = 900  # a hang; the build of a block takes minutes on a busy machine
+_LIMIT_S = 300
 
 
 @dataclass(frozen=True)

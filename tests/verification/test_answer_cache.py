@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from racdeploy.engines.engine import Completion, EngineSettings, OnTokens, Sampling
 from racdeploy.recipe import Verification
@@ -124,6 +125,26 @@ def test_a_verification_asks_again_and_leaves_what_a_build_had_finished(
     later = answer()
     assert (later.reused, later.reused_stats) == (3, COUNTED)
     assert answer(model="2").reused == 0
+
+
+def test_another_process_need_not_wait_for_the_end_of_a_program_that_has_built(
+    answer: Callable[..., SampledAnswers], subject: Subject, tmp_path: Path
+) -> None:
+    """Nor for one that took the build's answers, or verified: no folder is left locked."""
+    work = tmp_path / "work"
+    for _ in range(2):
+        answer()
+        (folder,) = work.glob("answers-*")
+        with FileLock(folder / ".lock", timeout=0):
+            pass
+
+    examiner = _examine(AnswerCache(work, repeats_finished=True, keeps=False))
+    for model in ("0", "2"):
+        examiner.answer(replace(subject, files={"model.gguf": model}), "pruned")
+    examiner.forget()
+    with FileLock(folder / ".lock", timeout=0):
+        pass
+    answer(model="2")  # in the folder that the verification has removed
 
 
 def test_an_interrupted_verification_resumes_its_own_answers(
