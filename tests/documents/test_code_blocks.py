@@ -84,8 +84,8 @@ NOT_RUN = {
 WORDS = {
     "README.md": {
         'target="gguf"': (
-            'keep={"ffn": 1}, quant="q8_0", trace_prompts=16, prompts=64, '
-            'settings={"verify.logit_traces": 2}'
+            'recipe=racdeploy.Recipe.read(settings={"structure.keep": {}, "export.quant": "q8_0", '
+            '"traces.count": 16, "verify.count": 64, "verify.logit_traces": 2})'
         )
     },
     "docs/compare.md": {"jsonl:problems.jsonl": "word_problem", "--prompts 300": "--prompts 96"},
@@ -184,7 +184,8 @@ def _provide(name: str, things: Path, folder: Path) -> None:
         case "dense.gguf":
             target.symlink_to(find_dense_artifact(things / "bundle", things / "work"))
         case "model.gguf" | "f16.gguf" | "q4_k_m.gguf" | "q3_k_m.gguf" | "new.gguf":
-            target.symlink_to(things / "embedded" / "model.gguf")
+            # A link would be the same candidate a second time.
+            shutil.copy(things / "embedded" / "model.gguf", target)
         case "mine.toml":
             shutil.copy(ROOT / "targets" / "gguf.toml", target)
         case "PRUNED" | "key.pem" | "key.pub":
