@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.caches import cache_folder, default_work_folder
-from racdeploy.files.locks import is_folder_in_use, lock_folder, release_folder
+from racdeploy.files.locks import is_folder_in_use, lock_folder, remove_locked_folder
 
 _STAGE_NAME = re.compile(r"[a-z]+-[0-9a-f]{16}")
 _DAY_S = 86_400.0
@@ -102,10 +101,7 @@ def remove_entry(entry: CacheEntry) -> None:
         return
 
     lock_folder(entry.path)
-    try:
-        shutil.rmtree(entry.path)
-    finally:
-        release_folder(entry.path)
+    remove_locked_folder(entry.path)
 
 
 def _describe(path: Path, state: str) -> CacheEntry:

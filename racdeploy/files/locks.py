@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 from filelock import FileLock
 
 from racdeploy.errors import EnvironmentFailure
+from racdeploy.files.partials import make_sibling_name, remove_abandoned
 
 _TIMEOUT_S = 0.2  # is_folder_in_use of another process holds a lock for a moment
 _locks: dict[Path, FileLock] = {}  # held until release, or the end of the process
@@ -41,6 +43,20 @@ def release_folder(folder: Path) -> None:
     """Release the lock of a folder, if this process holds it."""
     if lock := _locks.pop(folder, None):
         lock.release()
+
+
+def remove_locked_folder(folder: Path) -> None:
+    """Remove a folder that this process has locked, and release it.
+
+    It is renamed first. Processes that wait for it make its lock file whenever they look, and a
+    folder into which they do that meanwhile could not be removed.
+    """
+    remove_abandoned(folder)  # by a process that was killed while it removed the same one
+    removed = folder.rename(make_sibling_name(folder))
+    try:
+        shutil.rmtree(removed)
+    finally:
+        release_folder(folder)
 
 
 def is_folder_in_use(folder: Path) -> bool:

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.locks import is_folder_in_use, lock_folder, release_folder
+from racdeploy.files.locks import (
+    is_folder_in_use,
+    lock_folder,
+    release_folder,
+    remove_locked_folder,
+)
 from racdeploy.files.ownership import check_private, explain_foreign
 from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import canonical_hash, disk_errors, write_atomic
@@ -102,6 +107,10 @@ class Stage:
     def release(self) -> None:
         """Let other processes work in the folder; else they wait for the end of this one."""
         release_folder(self.folder)
+
+    def remove(self) -> None:
+        """Remove the folder, also while other processes wait for it."""
+        remove_locked_folder(self.folder)
 
     @property
     def summary(self) -> Json:

@@ -7,7 +7,6 @@ settings, the engine, the machine, and the code from here to the engines.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,9 +90,8 @@ class AnswerCache:
 
     def forget(self) -> None:
         """Remove the answers of this run, except those that a build had finished before."""
-        for folder, stage in self._new.items():
-            shutil.rmtree(folder)
-            stage.release()
+        for stage in self._new.values():
+            stage.remove()
         for folder, stage in self._repeated.items():
             stage.finish({"answers": len((folder / _LOG).read_bytes().splitlines())})
             stage.release()

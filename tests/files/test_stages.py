@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +121,9 @@ def test_a_stage_is_made_again_where_the_one_before_removes_it(
     """As a verification does at its end, while the same one waits for it."""
     monkeypatch.setattr(locks, "_locks", {})
     removing = (
-        "import json, shutil, sys, time, racdeploy.files.stages as s\n"
+        "import json, sys, time, racdeploy.files.stages as s\n"
         "stage = s.Stage.open(s.Path(sys.argv[1]), 'verify', json.loads(sys.argv[2]))\n"
-        "print(flush=True); time.sleep(1); shutil.rmtree(stage.folder); time.sleep(0.5)"
+        "print(flush=True); time.sleep(1); stage.remove(); time.sleep(0.5)"
     )
     command = [sys.executable, "-c", removing, str(tmp_path), json.dumps(INPUTS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
@@ -132,6 +134,23 @@ def test_a_stage_is_made_again_where_the_one_before_removes_it(
     assert locks.is_folder_in_use(stage.folder) is False, "it is this process's"
     assert sorted(file.name for file in stage.folder.iterdir()) == [".lock", "inputs.json"]
     locks.release_folder(stage.folder)
+
+
+def test_a_folder_is_removed_while_others_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They make its lock file at any moment, so also between the last file and the folder."""
+    stage = Stage.open(tmp_path, "verify", INPUTS)
+    rmdir = os.rmdir
+
+    def make_lock_before(path: Any, **options: Any) -> None:
+        with suppress(FileNotFoundError):
+            (stage.folder / ".lock").touch()
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", make_lock_before)
+    stage.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> None:
