@@ -212,7 +212,13 @@ class _Walk:
         for name, parameter in dense.named_parameters():
             set_parameter(sparse, name, parameter)
         return BlockPair(
-            self.blocks.checkpoint, index, new_index, dense, sparse, self.dense, self.sparse
+            self.blocks.checkpoint,
+            dense_index=index,
+            new_index=new_index,
+            dense=dense,
+            sparse=sparse,
+            dense_flow=self.dense,
+            sparse_flow=self.sparse,
         )
 
     def _skip(self, index: int) -> None:
@@ -283,7 +289,11 @@ class _Walk:
         """Cut a structure in a block, which units the criterion chooses."""
         plugin = plugins.load("structures", cut.part)
         context = BlockCutContext(
-            self.session, self.criterion, cut.counts[pair.new_index], pair, cut
+            self.session,
+            self.criterion,
+            count=cut.counts[pair.new_index],
+            pair=pair,
+            cut=cut,
         )
         cut_part = getattr(plugin, "cut", cut_inputs)
         pair.kept_units[cut.part] = cut_part(context)
@@ -365,7 +375,7 @@ class _Walk:
             output_BTD = self.sparse.advance(pair.sparse, index)
 
         for routed in passes:
-            measure_expert_errors(self.session, pair.sparse, measured, batch, routed)
+            measure_expert_errors(self.session, pair.sparse, measured, batch=batch, routed=routed)
         return output_BTD
 
     def _needs_dense(self, batch: Batch) -> bool:

@@ -86,14 +86,7 @@ def estimate_pruning_bytes(
     batch_tokens = min(TOKENS_PER_BATCH, calibration_tokens)
     passing = _FLOAT32 * batch_tokens * (2 * width + 4 * wide + (2 + models) * inner)
 
-    method = plugins.read_constants("prune_methods", settings.method)
-    matrices = max(
-        method.get("MATRICES", _MATRICES),
-        _MATRICES if settings.match_dense else 0,  # targets need the factor
-        _CUT_MATRICES if cuts else 0,  # Hessian, factor, inverse, and factor of the kept inputs
-    )
-    copies = max(method.get("COPIES", _COPIES), _REFIT_COPIES if settings.refit_steps else 0)
-    copies += 2 if quant else 0  # weights and gradient of the search for codes
+    matrices, copies = _count_arrays(settings, optimizes_codes=bool(quant), cuts=cuts)
     surveys = plugins.read_constants("allocations", settings.allocation)["NEEDS_SURVEY"]
 
     worst = pruned_weights = 0  # of the block's earlier groups
@@ -116,6 +109,24 @@ def estimate_pruning_bytes(
         pruned_weights += group.weights
 
     return process + _STARTED_BYTES + round(_FRAGMENTATION * (window + worst))
+
+
+def _count_arrays(settings: Pruning, *, optimizes_codes: bool, cuts: bool) -> tuple[int, int]:
+    """Return how many arrays of (I, I), and of (O, I), solving a linear takes."""
+    method = plugins.read_constants("prune_methods", settings.method)
+
+    matrices: int = method.get("MATRICES", _MATRICES)
+    if settings.match_dense:  # targets need the factor
+        matrices = max(matrices, _MATRICES)
+    if cuts:  # Hessian, factor, inverse, and factor of the kept inputs
+        matrices = max(matrices, _CUT_MATRICES)
+
+    copies: int = method.get("COPIES", _COPIES)
+    if settings.refit_steps:
+        copies = max(copies, _REFIT_COPIES)
+    if optimizes_codes:  # weights and gradient of the search for codes
+        copies += 2
+    return matrices, copies
 
 
 def _process_bytes(checkpoint: Checkpoint | None = None, device: str = "auto") -> int:

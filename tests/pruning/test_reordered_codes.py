@@ -75,7 +75,7 @@ def test_codes_of_other_neighbours_would_not_be_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the columns of two heads share a step in the file, the checkpoint's order is wrong."""
-    monkeypatch.setattr(solving, "find_gguf_layout", lambda *_: (None, None))
+    monkeypatch.setattr(solving, "find_gguf_layout", lambda *_: solving.GgufLayout())
     pruned = _prune(tmp_path, CASES["qwen35"], "q4_0")
     assert find_value_head_order(pruned.shape, 64) is not None
     changed = _list_changed(pruned, tmp_path, "q4_0")

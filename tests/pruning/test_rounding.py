@@ -253,8 +253,10 @@ class Walk:
         grid = quants.load_grid(name)
         zero = grid.values.index(0) if grid.minimum_codes is None else len(grid.values) // 2
 
-        def note(pruned: PrunedWeights, *given: Any) -> tuple[torch.Tensor, GridCodes]:
-            weight_OI, codes = round_to_grid(pruned, *given)
+        def note(
+            pruned: PrunedWeights, *given: Any, **layout: Any
+        ) -> tuple[torch.Tensor, GridCodes]:
+            weight_OI, codes = round_to_grid(pruned, *given, **layout)
             assert not weight_OI[~pruned.keep_OI].any()
             step_OI = read_steps(codes, name)
             signed_OI = codes.code_OI.astype(np.int16) - zero

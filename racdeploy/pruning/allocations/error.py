@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from racdeploy import plugins
 from racdeploy.pruning.allocations import (
     MAX_SPARSITY,
     Effect,
@@ -34,7 +33,6 @@ MIN_ERROR = 1e-9  # below it, an error is only rounding
 
 def observe(weight_OI: Tensor, hessian: Hessian, effect: Effect, settings: Pruning) -> Observation:
     """Return sparsity → relative change of the block's output, for one linear."""
-    method = plugins.load("prune_methods", settings.method)
     settings = settings.model_copy(
         update={"refit_steps": min(settings.refit_steps, MAX_REFIT_STEPS)}
     )
@@ -46,7 +44,7 @@ def observe(weight_OI: Tensor, hessian: Hessian, effect: Effect, settings: Pruni
     nearest_first = sorted(SPARSITIES, key=lambda sparsity: abs(sparsity - settings.sparsity))
 
     for sparsity in nearest_first:
-        pruned = prune_and_refit(method, weight_OI, hessian, Unstructured(sparsity), settings)
+        pruned = prune_and_refit(weight_OI, hessian, Unstructured(sparsity), settings)
         error = hessian.energy(pruned.weight_OI - weight_OI) / energy
         errors[sparsity] = error
         if not gain and error > MIN_ERROR:  # a linear with zeros of its own may have none

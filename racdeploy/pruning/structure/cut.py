@@ -69,7 +69,6 @@ class Cut:
 def list_cuts(shape: ModelShape, outline: CutPlan, structure: Structure) -> list[Cut]:
     """Return the cuts of a plan in forward order."""
     groups = shape.input_groups[0]  # a structure that can be cut is alike in all blocks
-    first_of_experts = shape.family.expert_linears[:1]
     cuts = []
 
     for part, counts in outline.units.items():
@@ -79,17 +78,30 @@ def list_cuts(shape: ModelShape, outline: CutPlan, structure: Structure) -> list
             group = groups.index((linear,))
             # The structure begins after the last group that ends an earlier part.
             ends = [other + 1 for other in range(group) if ends_part(groups, other)]
-            before = max(ends, default=0)
+            first_group = max(ends, default=0)
         else:
-            with_experts = next(
-                each for block, each in enumerate(shape.input_groups) if shape.sizes[block]["E"]
-            )
-            before = [linears[:1] for linears in with_experts].index(first_of_experts)
-            group = before
+            group = _find_expert_group(shape)
+            first_group = group
 
-        cuts.append(Cut(part, linear, group, before, layouts, counts))
+        cut = Cut(
+            part, linear, group=group, first_group=first_group, layouts=layouts, counts=counts
+        )
+        cuts.append(cut)
 
     return sorted(cuts, key=lambda cut: cut.group)
+
+
+def _find_expert_group(shape: ModelShape) -> int:
+    """Return the first input group of the experts, in the first block that has some."""
+    first_linear = shape.family.expert_linears[0]
+    for groups, sizes in zip(shape.input_groups, shape.sizes, strict=True):
+        if not sizes["E"]:
+            continue
+        for group, linears in enumerate(groups):
+            if linears[0] == first_linear:
+                return group
+
+    raise AssertionError("a cut of experts was planned for a model without them")
 
 
 def cut_inputs(context: BlockCutContext) -> list[int]:

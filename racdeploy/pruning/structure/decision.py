@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import itemgetter
-from types import ModuleType
 
 from torch import Tensor
 
@@ -51,10 +50,12 @@ def _decide(session: PruningSession, structure: Structure) -> CutPlan:
     # Only where blocks may differ in width, and by a criterion that uses traces.
     surveyed = {}
     if not structure.uniform and criterion.USES_TRACES:
-        surveyed = {part: each for part, each in layouts.items() if not each[0].is_uniform}
+        for part, part_layouts in layouts.items():
+            if not part_layouts[0].is_uniform:
+                surveyed[part] = part_layouts
     curves = {}
     if surveyed:
-        curves = _survey(session, criterion, outline.blocks, surveyed, structure)
+        curves = _survey(session, outline.blocks, surveyed, structure)
 
     units = {}
     for part, part_layouts in layouts.items():
@@ -69,12 +70,12 @@ def _decide(session: PruningSession, structure: Structure) -> CutPlan:
 
 def _survey(
     session: PruningSession,
-    criterion: ModuleType,
     blocks: Sequence[int],
     layouts: Mapping[str, Sequence[UnitLayout]],
     structure: Structure,
 ) -> dict[str, list[dict[int, float]]]:
     """Return structure → for each block, units that stay → relative error of its output."""
+    criterion = plugins.load("criteria", structure.criterion)
     wanted = {}
     for part, part_layouts in layouts.items():
         linear = find_consumer(session.model.shape, part_layouts[0].letter)

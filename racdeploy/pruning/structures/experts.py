@@ -285,12 +285,12 @@ class ExpertProbe:
             energy_N = output_ND[token_N].float().square().sum(1)
             parts.append(
                 _Part(
-                    logits_NE.float(),
-                    outputs_NED @ outputs_NED.mT,
-                    1 / energy_N,  # relative, since a norm follows
-                    whole_NE,
-                    torch.zeros_like(energy_N),
-                    whole_NE > 0,
+                    logits_NE=logits_NE.float(),
+                    products_NEE=outputs_NED @ outputs_NED.mT,
+                    weight_N=1 / energy_N,  # relative, since a norm follows
+                    whole_NE=whole_NE,
+                    change_N=torch.zeros_like(energy_N),
+                    used_NE=whole_NE > 0,
                 )
             )
 
@@ -299,9 +299,12 @@ class ExpertProbe:
 
 def _find_router(family: Family, block: nn.Module) -> partial[Tensor]:
     """Return what computes the router's logits; the router module may return other values."""
-    (name,) = [
-        each for each in family.never_pruned if list_axes(family, f"{each}.weight")[0] == "E"
-    ]
+    routers = []
+    for linear in family.never_pruned:
+        if list_axes(family, f"{linear}.weight")[0] == "E":
+            routers.append(linear)
+    (name,) = routers
+
     weight_ED = block.get_parameter(f"{name}.weight")
     bias_E = dict(block.named_parameters()).get(f"{name}.bias")
     return partial(nn.functional.linear, weight=weight_ED, bias=bias_E)

@@ -31,12 +31,13 @@ class CutShape:
     @property
     def widths(self) -> dict[str, tuple[int, ...]]:
         """Settings of :data:`widths.SETTINGS`, each with one value per block."""
-        return {
-            setting: tuple(
-                size[letter] // widths.width_per_unit(letter, size) for size in self.sizes
-            )
-            for letter, setting in widths.SETTINGS.items()
-        }
+        values = {}
+        for letter, setting in widths.SETTINGS.items():
+            by_block = []
+            for sizes in self.sizes:
+                by_block.append(sizes[letter] // widths.width_per_unit(letter, sizes))
+            values[setting] = tuple(by_block)
+        return values
 
     @property
     def experts(self) -> int:
@@ -93,7 +94,7 @@ def list_cut_entries(checkpoint: Checkpoint, shape: CutShape) -> dict[str, Tenso
         cut_shape = entry.shape
         if block is not None and generalize_expert(inside) in family.block_tensors:
             cut_shape = widths.tensor_shape(family, inside, shape.sizes[block])
-        entries[name] = TensorEntry(entry.file, 0, 0, entry.dtype, cut_shape)
+        entries[name] = TensorEntry(entry.file, start=0, stop=0, dtype=entry.dtype, shape=cut_shape)
 
     return entries
 

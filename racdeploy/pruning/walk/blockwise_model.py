@@ -183,13 +183,14 @@ class BlockwiseModel:
             module = block.get_submodule(owner)
             changed.append(module)
 
-            attends = (
-                self.shape.attends[block.number] and owner == self.shape.family.modules.attention
-            )
+            is_attention = owner == self.shape.family.modules.attention
+            attends = self.shape.attends[block.number] and is_attention
             # Falcon-H1's feed-forward part multiplies its output.
             factor = getattr(module, "down_multiplier", 1.0)
             linear = block.get_submodule(name)
-            module.forward = partial(_run_last, linear, self.to_device(input_BTI), factor, attends)
+            module.forward = partial(
+                _run_last, linear, self.to_device(input_BTI), factor=factor, attends=attends
+            )
 
         try:
             yield
@@ -220,7 +221,7 @@ class BlockwiseModel:
 
 
 def _run_last(
-    linear: nn.Module, input_BTI: Tensor, factor: float, attends: bool, *_: Any, **__: Any
+    linear: nn.Module, input_BTI: Tensor, *_: Any, factor: float, attends: bool, **__: Any
 ) -> Any:
     output_BTO = linear(input_BTI) * factor
     return (output_BTO, None) if attends else output_BTO  # sdpa gives no attention weights

@@ -36,7 +36,9 @@ class CalibrationPass:
         D = blocks.shape.hidden_states_width
         shapes = [(*batch.ids_BT.shape, D) for batch in batches]
         self.hidden = Activations(shapes, folder / f"hidden-{name}.bin")
-        self.block_inputs = BatchBlockInputs(blocks.shape, blocks.device, batches, folder, name)
+        self.block_inputs = BatchBlockInputs(
+            blocks.shape, blocks.device, batches, folder=folder, name=name
+        )
 
         widths = blocks.end_widths()
         cached = _choose_cached(batches, sum(widths.values()))

@@ -66,7 +66,9 @@ def survey(
             prefix = f"{blocks.prefix(index)}."
             linears = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
 
-            effects = _Effects(session, block, probe_BTD, probe, block_inputs)
+            effects = _Effects(
+                session, block, hidden_BTD=probe_BTD, batch=probe, block_inputs=block_inputs
+            )
 
             for linear, weight_OI, hessian in _observe_block(session, flow, index, linears):
                 effect = partial(effects.measure, linear)
@@ -91,7 +93,15 @@ def _observe_block(
     checkpoint = session.model.checkpoint
     experts = checkpoint.shape.num_experts
     # Nothing is pruned yet: one block is both the dense and the sparse one.
-    pair = BlockPair(checkpoint, index, index, block, block, flow, flow)
+    pair = BlockPair(
+        checkpoint,
+        dense_index=index,
+        new_index=index,
+        dense=block,
+        sparse=block,
+        dense_flow=flow,
+        sparse_flow=flow,
+    )
 
     for group, linears in enumerate(pair.input_groups):
         names = [linear for linear in expand_experts(linears, experts) if linear in wanted]
@@ -125,7 +135,9 @@ class _Effects:
         batch: Batch,
         block_inputs: BlockInputs,
     ) -> None:
-        self._blocks, self._block, self._hidden_BTD = session.model, block, hidden_BTD
+        self._blocks = session.model
+        self._block = block
+        self._hidden_BTD = hidden_BTD
         self.output_BTD = self._blocks.forward(block, hidden_BTD, block_inputs=block_inputs)
         self._block_inputs = block_inputs.fork()
         self._real_BT = self._blocks.to_device(batch.segment_BT != PAD)

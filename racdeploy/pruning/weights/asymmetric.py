@@ -8,10 +8,13 @@ Source: ``block_q4_K`` and ``block_q2_K`` in ggml-common.h; the search is that o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from racdeploy.pruning.weights.scales import (
+    ColumnGroup,
     find_units,
     nearest_steps,
     ones_for_zeros,
@@ -23,14 +26,21 @@ from racdeploy.quant.grid import Grid
 SPANS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 
 
-def search_steps_and_minima(weight_OI: Tensor, diagonal_I: Tensor, grid: Grid) -> list[Tensor]:
+@dataclass(frozen=True)
+class StepsAndMinima:
+    """Step and minimum of each group, and the units of both."""
+
+    step_OG: Tensor
+    minimum_OG: Tensor
+    step_unit_OG: Tensor
+    minimum_unit_OG: Tensor
+
+
+def search_steps_and_minima(weight_OI: Tensor, diagonal_I: Tensor, grid: Grid) -> StepsAndMinima:
     """Search the step and minimum of each group with the least error, weighted by input energy.
 
     Args:
         diagonal_I: input energies, the diagonal of the Hessian.
-
-    Returns:
-        step_OG; minimum_OG; the units of both.
     """
     assert grid.step_codes
     assert grid.minimum_codes
@@ -49,7 +59,10 @@ def search_steps_and_minima(weight_OI: Tensor, diagonal_I: Tensor, grid: Grid) -
         minimum_OG = nearest_minima(mean_OG, minimum_unit_OG, grid)
         return step_OG, minimum_OG, unit_OG, minimum_unit_OG
 
-    return search_by_rows(search, weight_OI, diagonal_I, grid)
+    step_OG, minimum_OG, step_unit_OG, minimum_unit_OG = search_by_rows(
+        search, weight_OI, diagonal_I, grid
+    )
+    return StepsAndMinima(step_OG, minimum_OG, step_unit_OG, minimum_unit_OG)
 
 
 def nearest_minima(minimum: Tensor, unit: Tensor, grid: Grid) -> Tensor:
@@ -59,28 +72,24 @@ def nearest_minima(minimum: Tensor, unit: Tensor, grid: Grid) -> Tensor:
     return number.round_().clamp_(*grid.minimum_codes).mul_(unit)
 
 
-def fit_steps_and_minima(
-    weight_SO: Tensor,
-    pull_SO: Tensor,
-    H_SS: Tensor,
-    step_O: Tensor,
-    minimum_O: Tensor,
-    unit_O: Tensor,
-    minimum_unit_O: Tensor,
-    grid: Grid,
-) -> None:
+def fit_steps_and_minima(group: ColumnGroup, steps: StepsAndMinima, grid: Grid) -> None:
     """Improve a group's steps and minima in place for its codes, and update the weights.
 
     The error is quadratic in both. Its minimum is rounded to the format: the step first, then the
     best minimum for that step. A change that does not lower the error is not made.
     """
-    code_SO = ((weight_SO + minimum_O) / ones_for_zeros(step_O)).round_()
-    bent_SO = H_SS @ code_SO
-    sum_S = H_SS.sum(1)
+    step_O = steps.step_OG[:, group.index]
+    minimum_O = steps.minimum_OG[:, group.index]
+    step_unit_O = steps.step_unit_OG[:, group.index]
+    minimum_unit_O = steps.minimum_unit_OG[:, group.index]
+
+    code_SO = ((group.weight_SO + minimum_O) / ones_for_zeros(step_O)).round_()
+    bent_SO = group.H_SS @ code_SO
+    sum_S = group.H_SS.sum(1)
 
     # Negative half gradient (pull) and second derivatives along the step s and the minimum m.
-    pull_s_O = (code_SO * pull_SO).sum(0)
-    pull_m_O = -pull_SO.sum(0)
+    pull_s_O = (code_SO * group.pull_SO).sum(0)
+    pull_m_O = -group.pull_SO.sum(0)
     curve_ss_O = (code_SO * bent_SO).sum(0)
     curve_mm = sum_S.sum()
     curve_sm_O = -bent_SO.sum(0)
@@ -89,7 +98,8 @@ def fit_steps_and_minima(
     is_convex_O = determinant_O > 0
     solved_O = pull_s_O * curve_mm - pull_m_O * curve_sm_O
     solved_O /= torch.where(is_convex_O, determinant_O, 1)
-    stepped_O = nearest_steps(step_O + torch.where(is_convex_O, solved_O, 0), unit_O, grid)
+    best_s_O = step_O + torch.where(is_convex_O, solved_O, 0)
+    stepped_O = nearest_steps(best_s_O, step_unit_O, grid)
 
     for tried_O in (stepped_O, step_O.clone()):
         by_s_O = tried_O - step_O
@@ -111,6 +121,7 @@ def fit_steps_and_minima(
         pull_s_O = pull_s_O - by_s_O * curve_ss_O - by_m_O * curve_sm_O
         pull_m_O = pull_m_O - by_s_O * curve_sm_O - by_m_O * curve_mm
 
+    weight_SO = group.weight_SO
     torch.mul(code_SO, step_O, out=weight_SO)
     weight_SO -= minimum_O
 

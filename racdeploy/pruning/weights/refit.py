@@ -6,11 +6,10 @@ Source: ALPS (arXiv 2406.07831), section 3.2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from racdeploy import plugins
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.weights.patterns import Pattern, Unstructured
@@ -20,12 +19,13 @@ _TINY = 1e-30  # avoids 0 / 0 in rows that have converged
 
 
 def prune_and_refit(
-    method: Any, weight_OI: Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
+    weight_OI: Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> PrunedWeights:
-    """Prune a copy of ``weight_OI`` by a method, and refit it if the recipe asks for steps."""
+    """Prune a copy of ``weight_OI`` by the recipe's method, and refit it if asked for steps."""
     if isinstance(pattern, Unstructured) and not pattern.sparsity:
         return PrunedWeights(weight_OI, torch.ones_like(weight_OI, dtype=torch.bool))
 
+    method = plugins.load("prune_methods", settings.method)
     pruned: PrunedWeights = method.prune(weight_OI.clone(), hessian, pattern, settings)
     if not settings.refit_steps:
         return pruned
@@ -36,13 +36,16 @@ def refit(pruned: PrunedWeights, target_OI: Tensor, hessian: Hessian, steps: int
     """Return weights on the mask of a pruned linear, whose error is at most the same."""
     weight_OI = pruned.weight_OI * pruned.keep_OI
     pull_OI = (target_OI - weight_OI) @ hessian.matrix_II
-    conjugate_gradient(weight_OI, pull_OI, pruned.keep_OI, hessian.matrix_II, steps)
+    conjugate_gradient(
+        weight_OI, pull_OI, free_OI=pruned.keep_OI, H_II=hessian.matrix_II, steps=steps
+    )
     return weight_OI
 
 
 def conjugate_gradient(
     weight_OI: Tensor,
     pull_OI: Tensor,  # negative half gradient, (T − W) H; updated in place
+    *,
     free_OI: Tensor,
     H_II: Tensor,
     steps: int,  # each costs a product with the Hessian

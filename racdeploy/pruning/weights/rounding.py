@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from racdeploy.pruning.methods import PrunedWeights
@@ -27,6 +28,7 @@ from racdeploy.pruning.weights.asymmetric import (
 )
 from racdeploy.pruning.weights.refit import conjugate_gradient
 from racdeploy.pruning.weights.scales import (
+    ColumnGroup,
     Levels,
     nearest_scales,
     nearest_steps,
@@ -95,8 +97,10 @@ class _Search:
     """Weights that move to the grid, and the pull on each: the negative half gradient."""
 
     def __init__(self, pruned: PrunedWeights, target_OI: Tensor, H_II: Tensor, grid: Grid) -> None:
-        self.H_II, self.target_OI = H_II, target_OI
-        self.S, self.grid = grid.group_size, grid
+        self.H_II = H_II
+        self.target_OI = target_OI
+        self.grid = grid
+        self.S = grid.group_size
         self.levels = Levels(grid)
         weight_OI = pruned.weight_OI * pruned.keep_OI
         self._start(weight_OI)
@@ -116,9 +120,12 @@ class _Search:
         step_OI = ones_for_zeros(self.step_OG).repeat_interleave(self.S, dim=1)
         code_OI = self.levels.find_codes(self.weight_OI / step_OI)
         if self.grid.step_codes is None:
-            return _make_codes(code_OI, self.step_OG)
-        return _make_codes(
-            code_OI, self._by_block(self.unit_OG), _count_units(self.step_OG, self.unit_OG)
+            return GridCodes(code_OI=_to_array(code_OI), scale_OX=_to_array(self.step_OG))
+
+        return GridCodes(
+            code_OI=_to_array(code_OI),
+            scale_OX=_to_array(self._by_block(self.unit_OG)),
+            step_code_OG=_to_array(_count_units(self.step_OG, self.unit_OG)),
         )
 
     def _by_block(self, value_OG: Tensor) -> Tensor:
@@ -133,9 +140,13 @@ class _Search:
             if start:
                 # Solve the later weights off the grid. The pull on earlier columns becomes stale;
                 # it is recomputed before these are visited again.
-                weight_OC, pull_OC = self.weight_OI[:, start:], self.pull_OI[:, start:]
-                free_OC, H_CC = self.free_OI[:, start:], self.H_II[start:, start:]
-                conjugate_gradient(weight_OC, pull_OC, free_OC, H_CC, DESCENT_STEPS)
+                conjugate_gradient(
+                    self.weight_OI[:, start:],
+                    self.pull_OI[:, start:],
+                    free_OI=self.free_OI[:, start:],
+                    H_II=self.H_II[start:, start:],
+                    steps=DESCENT_STEPS,
+                )
 
             self.visit(start, min(start + width, I), scales=True)
 
@@ -166,18 +177,21 @@ class _Search:
 
             for index in range(first // self.S, last // self.S):
                 begin = index * self.S - first
-                group = slice(begin, begin + self.S)
-                H_SS = H_CC[group, group]
-
-                weight_SO = weight_CO[group]
-                pull_SO = pull_CO[group].clone()
-                self._move(index, weight_SO, pull_SO, free_CO[group], H_SS)
+                columns = slice(begin, begin + self.S)
+                group = ColumnGroup(
+                    index,
+                    weight_SO=weight_CO[columns],
+                    pull_SO=pull_CO[columns].clone(),
+                    free_SO=free_CO[columns],
+                    H_SS=H_CC[columns, columns],
+                )
+                self._move(group)
                 if scales:
-                    self._fit_steps(index, weight_SO, pull_SO, H_SS)
+                    self._fit_steps(group)
 
                 # Update the gradient of the chunk's other columns after every group …
-                change_SO = weight_SO - before_CO[group]
-                pull_CO.addmm_(H_CC[:, group], change_SO, alpha=-1)
+                change_SO = group.weight_SO - before_CO[columns]
+                pull_CO.addmm_(H_CC[:, columns], change_SO, alpha=-1)
 
             # … and that of the whole row after the chunk.
             change_CO = weight_CO - before_CO
@@ -187,52 +201,45 @@ class _Search:
 
         return moved
 
-    def _move(
-        self,
-        index: int,
-        weight_SO: Tensor,
-        pull_SO: Tensor,
-        free_SO: Tensor,
-        H_SS: Tensor,
-    ) -> None:
+    def _move(self, group: ColumnGroup) -> None:
         """Move a group's weights in place, column by column, and update the pull on them."""
-        step_O = ones_for_zeros(self.step_OG[:, index])
-        curve_S = H_SS.diagonal()
-        columns = zip(weight_SO, pull_SO, free_SO, H_SS, curve_S, strict=True)
+        step_O = ones_for_zeros(self.step_OG[:, group.index])
+        curve_S = group.H_SS.diagonal()
+        columns = zip(group.weight_SO, group.pull_SO, group.free_SO, strict=True)
 
-        for weight_O, pull_O, free_O, H_S, curve in columns:
-            move_O = pull_O / curve
+        for column, (weight_O, pull_O, free_O) in enumerate(columns):
+            move_O = pull_O / curve_S[column]
             move_O += weight_O
-            move_O = self._nearest(move_O.div_(step_O), index).mul_(step_O)
+            move_O = self._nearest(move_O.div_(step_O), group.index).mul_(step_O)
             move_O -= weight_O
             move_O *= free_O
 
             weight_O += move_O
-            pull_SO.addr_(H_S, move_O, alpha=-1)
+            group.pull_SO.addr_(group.H_SS[column], move_O, alpha=-1)
 
     def _nearest(self, ratio_O: Tensor, index: int) -> Tensor:
         """Return the nearest values of weights of a group, given in steps."""
         return self.levels.round_(ratio_O)
 
-    def _fit_steps(self, index: int, weight_SO: Tensor, pull_SO: Tensor, H_SS: Tensor) -> None:
+    def _fit_steps(self, group: ColumnGroup) -> None:
         """Move a group's steps in place to the best ones of the format for its codes."""
-        step_O = self.step_OG[:, index]
-        value_SO = weight_SO / ones_for_zeros(step_O)
+        step_O = self.step_OG[:, group.index]
+        value_SO = group.weight_SO / ones_for_zeros(step_O)
         if self.levels.is_uniform:
             value_SO.round_()
-        pull_O = (value_SO * pull_SO).sum(0)
-        curve_O = ((H_SS @ value_SO) * value_SO).sum(0)
+        pull_O = (value_SO * group.pull_SO).sum(0)
+        curve_O = ((group.H_SS @ value_SO) * value_SO).sum(0)
 
         # The error is quadratic in the step: take its minimum, rounded, if the error falls.
         best_O = step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)
-        fitted_O = nearest_steps(best_O, self.unit_OG[:, index], self.grid)
+        fitted_O = nearest_steps(best_O, self.unit_OG[:, group.index], self.grid)
         change_O = fitted_O - step_O
         falls_O = change_O * (2 * pull_O - change_O * curve_O) > 0
         same_sign_O = fitted_O * step_O > 0
         better_O = same_sign_O & fitted_O.isfinite() & falls_O
 
         step_O += torch.where(better_O, change_O, 0)
-        torch.mul(value_SO, step_O, out=weight_SO)
+        torch.mul(value_SO, step_O, out=group.weight_SO)
 
 
 class _ShiftedSearch(_Search):
@@ -255,8 +262,7 @@ class _ZeroPointSearch(_Search):
     def _start(self, weight_OI: Tensor) -> None:
         assert self.grid.minimum_codes
         search = partial(search_free, grid=self.grid)
-        lines = search_by_rows(search, weight_OI, self.H_II.diagonal(), self.grid)
-        step_OG, minimum_OG = lines
+        step_OG, minimum_OG = search_by_rows(search, weight_OI, self.H_II.diagonal(), self.grid)
         self.zero_OG = (minimum_OG / ones_for_zeros(step_OG)).round_()
         self.zero_OG.clamp_(*self.grid.minimum_codes)
         self.step_OG = nearest_scales(step_OG, self.grid)
@@ -270,42 +276,47 @@ class _ZeroPointSearch(_Search):
         step_OI = ones_for_zeros(self.step_OG).repeat_interleave(self.S, dim=1)
         zero_OI = self.zero_OG.repeat_interleave(self.S, dim=1)
         code_OI = self.levels.find_codes(self.weight_OI / step_OI + zero_OI)
-        zero_OX = self.zero_OG.to(torch.int16)
-        return _make_codes(code_OI, self.step_OG, None, zero_OX, self.step_OG)
+        # A block is one group, and its minimum is a whole number of steps.
+        scale_OX = _to_array(self.step_OG)
+        return GridCodes(
+            code_OI=_to_array(code_OI),
+            scale_OX=scale_OX,
+            minimum_code_OG=_to_array(self.zero_OG.to(torch.int16)),
+            minimum_scale_OX=scale_OX,
+        )
 
 
 class _LineSearch(_Search):
     """Search for asymmetric formats without zeros: each group has any minimum."""
 
     def _start(self, weight_OI: Tensor) -> None:
-        lines = search_steps_and_minima(weight_OI, self.H_II.diagonal(), self.grid)
-        self.step_OG, self.minimum_OG, self.unit_OG, self.minimum_unit_OG = lines
+        self.steps = search_steps_and_minima(weight_OI, self.H_II.diagonal(), self.grid)
+        self.step_OG = self.steps.step_OG  # the same tensor: both see a step that moves
+        self.unit_OG = self.steps.step_unit_OG
 
     def read_codes(self) -> GridCodes:
-        step_OI, minimum_OI = (
-            each_OG.repeat_interleave(self.S, dim=1) for each_OG in (self.step_OG, self.minimum_OG)
-        )
+        steps = self.steps
+        step_OI = steps.step_OG.repeat_interleave(self.S, dim=1)
+        minimum_OI = steps.minimum_OG.repeat_interleave(self.S, dim=1)
         code_OI = self.levels.find_codes((self.weight_OI + minimum_OI) / ones_for_zeros(step_OI))
-        return _make_codes(
-            code_OI,
-            self._by_block(self.unit_OG),
-            _count_units(self.step_OG, self.unit_OG),
-            _count_units(self.minimum_OG, self.minimum_unit_OG),
-            self._by_block(self.minimum_unit_OG),
+
+        return GridCodes(
+            code_OI=_to_array(code_OI),
+            scale_OX=_to_array(self._by_block(steps.step_unit_OG)),
+            step_code_OG=_to_array(_count_units(steps.step_OG, steps.step_unit_OG)),
+            minimum_code_OG=_to_array(_count_units(steps.minimum_OG, steps.minimum_unit_OG)),
+            minimum_scale_OX=_to_array(self._by_block(steps.minimum_unit_OG)),
         )
 
-    def _move(
-        self, index: int, weight_SO: Tensor, pull_SO: Tensor, free_SO: Tensor, H_SS: Tensor
-    ) -> None:
-        minimum_O = self.minimum_OG[:, index]
+    def _move(self, group: ColumnGroup) -> None:
+        minimum_O = self.steps.minimum_OG[:, group.index]
+        weight_SO = group.weight_SO
         weight_SO += minimum_O
-        super()._move(index, weight_SO, pull_SO, free_SO, H_SS)
+        super()._move(group)
         weight_SO -= minimum_O
 
-    def _fit_steps(self, index: int, weight_SO: Tensor, pull_SO: Tensor, H_SS: Tensor) -> None:
-        step_O, minimum_O = self.step_OG[:, index], self.minimum_OG[:, index]
-        units = self.unit_OG[:, index], self.minimum_unit_OG[:, index]
-        fit_steps_and_minima(weight_SO, pull_SO, H_SS, step_O, minimum_O, *units, grid=self.grid)
+    def _fit_steps(self, group: ColumnGroup) -> None:
+        fit_steps_and_minima(group, self.steps, self.grid)
 
 
 def _count_units(value_OG: Tensor, unit_OG: Tensor) -> Tensor:
@@ -316,8 +327,5 @@ def _transpose(values_OC: Tensor) -> Tensor:
     return values_OC.T.clone(memory_format=torch.contiguous_format)
 
 
-def _make_codes(*parts: Tensor | None) -> GridCodes:
-    arrays: list[Any] = [
-        part if part is None else part.contiguous().cpu().numpy() for part in parts
-    ]
-    return GridCodes(*arrays)
+def _to_array(value_OX: Tensor) -> NDArray[Any]:
+    return value_OX.contiguous().cpu().numpy()

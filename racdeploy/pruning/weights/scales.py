@@ -125,6 +125,25 @@ def find_units(value_OG: Tensor, codes: tuple[int, int], grid: Grid) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ColumnGroup:
+    """Columns of a group while their codes are searched, transposed; they are moved in place.
+
+    Args:
+        index: of the group in its row.
+        weight_SO: a view of the weights that are searched.
+        pull_SO: negative half gradient of each weight, a copy of the group's own.
+        free_SO: whether a weight may move.
+        H_SS: Hessian of the group's inputs.
+    """
+
+    index: int
+    weight_SO: Tensor
+    pull_SO: Tensor
+    free_SO: Tensor
+    H_SS: Tensor
+
+
+@dataclass(frozen=True)
 class _Trial:
     """Rows whose steps are searched."""
 
