@@ -129,7 +129,7 @@ def enable(path: Path, mode: AccelMode, *, threads: int = 0) -> KernelChoice:
     # other models have the same names.
     if _MODULE in sys.modules and not isinstance(kernels := find(), str):
         kernels.disable()
-    return _choose("llama.cpp", "llama.cpp's own kernels", path, mode, threads)
+    return _choose(_LLAMA_CPP, path, mode, threads)
 
 
 def choose_graph(model: Path, mode: AccelMode, *, threads: int = 0) -> KernelChoice:
@@ -143,15 +143,30 @@ def choose_graph(model: Path, mode: AccelMode, *, threads: int = 0) -> KernelCho
         EngineError: the operator is required, and is not ready or does not apply to this model.
         ArtifactError: the packed graph is damaged.
     """
-    return _choose("onnxruntime", "onnxruntime's own operators", model, mode, threads)
+    return _choose(_ONNXRUNTIME, model, mode, threads)
 
 
-def _choose(engine: str, stock: str, path: Path, mode: AccelMode, threads: int) -> KernelChoice:
+@dataclass(frozen=True)
+class _KernelHost:
+    """An engine that can run sparse kernels, and the kernels that it has itself."""
+
+    engine: str
+    own_kernels: str
+
+
+_LLAMA_CPP = _KernelHost("llama.cpp", "llama.cpp's own kernels")
+_ONNXRUNTIME = _KernelHost("onnxruntime", "onnxruntime's own operators")
+
+
+def _choose(host: _KernelHost, path: Path, mode: AccelMode, threads: int) -> KernelChoice:
     if mode == "off":
-        return KernelChoice(path, f"{stock}: sparse ones are off")
+        return KernelChoice(path, f"{host.own_kernels}: sparse ones are off")
 
     kernels = find()
-    result = kernels if isinstance(kernels, str) else kernels.choose(engine, path, _count(threads))
+    if isinstance(kernels, str):
+        result: KernelChoice | str = kernels  # the reason why there are none
+    else:
+        result = kernels.choose(host.engine, path, _count(threads))
     if isinstance(result, KernelChoice):
         return result
 
@@ -161,7 +176,7 @@ def _choose(engine: str, stock: str, path: Path, mode: AccelMode, threads: int) 
             f"sparse kernels are required for {path}, and cannot be used: {result}",
             remedy="see racdeploy doctor; it also runs without --accel require",
         )
-    return KernelChoice(path, f"{stock}: {result}")
+    return KernelChoice(path, f"{host.own_kernels}: {result}")
 
 
 def kernels_used(mode: AccelMode, threads: int = 0) -> str:

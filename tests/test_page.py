@@ -20,10 +20,10 @@ from tests.support.page import (
     source_files,
 )
 
-MAX_NODES_A_LINE = 8.56
+MAX_NODES_A_LINE = 8.55
 """The aim is 8.5; this only goes down."""
-MAX_LONG_BODIES = 11
-MAX_DENSE_PLACES = {NESTED: 1, CONDITIONAL: 3, ARGUMENTS: 79}
+MAX_LONG_BODIES = 9
+MAX_DENSE_PLACES = {NESTED: 1, CONDITIONAL: 3, ARGUMENTS: 52}
 """How often the rules are still broken. The aim is never; these only go down."""
 
 

@@ -193,10 +193,12 @@ class _Worker:
         budget = ThinkingBudget(**values["budget"]) if values["budget"] else None
         sampling = Sampling(**{**values, "budget": budget})
         context_tokens = self._model.context_tokens
-        sequences = [
-            GeneratedSequence(i, ids, sampling, context_tokens, self._model.make_grammar(sampling))
-            for i, ids in enumerate(prompts)
-        ]
+
+        sequences = []
+        for index, ids in enumerate(prompts):
+            grammar = self._model.make_grammar(sampling)  # it follows one answer
+            sequence = GeneratedSequence(index, ids, sampling, context_tokens, grammar=grammar)
+            sequences.append(sequence)
 
         def send(updates: TokenUpdates) -> None:
             if request["stream"]:

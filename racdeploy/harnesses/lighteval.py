@@ -77,13 +77,13 @@ def read(out: Path, python: Path) -> list[HarnessScore]:
             by_document = {json.dumps(line["id"]): line["metric"].get(metric) for line in lines}
             scores.append(
                 HarnessScore(
-                    task.removesuffix("|0"),
-                    metric,
-                    value,
-                    len(lines),
-                    values.get(f"{metric}_stderr"),
-                    better.get(metric) is not False,
-                    by_document,
+                    task=task.removesuffix("|0"),
+                    metric=metric,
+                    value=value,
+                    documents=len(lines),
+                    stderr=values.get(f"{metric}_stderr"),
+                    larger_is_better=better.get(metric) is not False,
+                    by_document=by_document,
                 )
             )
 

@@ -63,13 +63,13 @@ def read(out: Path, python: Path) -> list[HarnessScore]:
             name = metric if filter_name == "none" else key
             scores.append(
                 HarnessScore(
-                    task,
-                    name,
-                    value,
-                    values["sample_len"],
-                    values.get(f"{metric}_stderr,{filter_name}"),
-                    better.get(metric) is not False,
-                    by_document,
+                    task=task,
+                    metric=name,
+                    value=value,
+                    documents=values["sample_len"],
+                    stderr=values.get(f"{metric}_stderr,{filter_name}"),
+                    larger_is_better=better.get(metric) is not False,
+                    by_document=by_document,
                 )
             )
 

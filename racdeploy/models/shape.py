@@ -155,13 +155,8 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
     key_sources = _find_key_sources(settings, layer_types)
     kinds = _list_kinds(settings, family, layer_types, key_sources)
 
-    # Widths of a cut win over those by which the family's own blocks differ.
     heads = int(config.get("num_key_value_heads") or settings.integer("num_attention_heads"))
-    cut_widths = widths.read_widths(config, count, where)
-    block_settings = {**family.find_block_settings(config), **cut_widths}
-    head_dim = read_head_dim(settings)
-    head_dims = block_settings.get("head_dim", [head_dim] * count)
-    widths_by_setting = _list_widths(settings, block_settings, heads, count)
+    block_widths = _read_block_widths(settings, family, heads, count)
 
     rope = read_rope(config)
     is_untruncated_yarn = rope["rope_type"] == "yarn" and rope.get("truncate") is False
@@ -172,44 +167,56 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
         block_count=count,
         hidden_size=hidden_size,
         vocab_size=settings.integer("vocab_size"),
-        head_dim=head_dim,
+        head_dim=read_head_dim(settings),
         num_key_value_heads=heads,
         num_experts=experts,
         hidden_states_width=hidden_states * hidden_size,
         rope=rope,
         is_rotary=not family.rope.position_key or config.get(family.rope.position_key) == "rope",
         rounds_yarn_ramp=family.rope.rounds_yarn_ramp and is_untruncated_yarn,
-        is_uniform=not cut_widths,
+        is_uniform=not block_widths.are_cut,
         layer_types=layer_types,
         kv_sources=key_sources,
         kinds=kinds,
         attends=tuple(kind in _ATTENDING for kind in layer_types),
         recurs=tuple(kind in _RECURRENT for kind in layer_types),
         rotary_blocks=_find_rotary_blocks(config, count),
-        widths=widths_by_setting,
-        sizes=_list_sizes(
-            settings,
-            family,
-            widths_by_setting=widths_by_setting,
-            head_dims=head_dims,
-            kinds=kinds,
-        ),
+        widths=block_widths.by_setting,
+        sizes=_list_sizes(settings, family, block_widths, kinds),
         input_groups=list(map(family.list_input_groups, kinds)),
     )
 
 
-def _list_widths(
-    settings: ModelSettings,
-    block_settings: Mapping[str, Sequence[int]],
-    heads: int,
-    block_count: int,
-) -> dict[str, tuple[int, ...]]:
-    """Return the value of each setting of :data:`widths.SETTINGS` in each block."""
-    widths_by_setting = {}
+@dataclass(frozen=True)
+class _BlockWidths:
+    """Widths of each block.
+
+    Args:
+        by_setting: a setting of :data:`widths.SETTINGS` → its value in each block.
+        head_dims: size of a head in each block.
+        are_cut: True if a cut has changed some.
+    """
+
+    by_setting: Mapping[str, tuple[int, ...]]
+    head_dims: Sequence[int]
+    are_cut: bool
+
+
+def _read_block_widths(
+    settings: ModelSettings, family: Family, heads: int, block_count: int
+) -> _BlockWidths:
+    """Return the widths of the blocks; ``heads`` of keys and values where none are listed."""
+    # Widths of a cut win over those by which the family's own blocks differ.
+    cut_widths = widths.read_widths(settings.config, block_count, settings.where)
+    block_settings = {**family.find_block_settings(settings.config), **cut_widths}
+
+    by_setting = {}
     for setting in widths.SETTINGS.values():
         same = heads if setting == "num_key_value_heads" else settings.integer(setting)
-        widths_by_setting[setting] = tuple(block_settings.get(setting, [same] * block_count))
-    return widths_by_setting
+        by_setting[setting] = tuple(block_settings.get(setting, [same] * block_count))
+
+    head_dims = block_settings.get("head_dim", [read_head_dim(settings)] * block_count)
+    return _BlockWidths(by_setting, head_dims, are_cut=bool(cut_widths))
 
 
 def _list_layer_types(settings: ModelSettings, family: Family, block_count: int) -> Names:
@@ -245,7 +252,8 @@ def _list_kinds(
     kinds: list[Names] = []
     for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True)):
         own_keys = ("own_keys",) if source == block else ()
-        kinds.append((kind, "dense" if block < first_sparse else "sparse", *own_keys))
+        feed_forward = "dense" if block < first_sparse else "sparse"
+        kinds.append((kind, feed_forward, *own_keys))
     return kinds
 
 
@@ -280,19 +288,19 @@ def _find_rotary_blocks(config: Config, block_count: int) -> Sequence[bool]:
 def _list_sizes(
     settings: ModelSettings,
     family: Family,
-    *,
-    widths_by_setting: Mapping[str, Sequence[int]],
-    head_dims: Sequence[int],
+    block_widths: _BlockWidths,
     kinds: Sequence[tuple[str, ...]],
 ) -> list[dict[str, int]]:
     same = {"D": settings.integer("hidden_size"), "V": settings.integer("vocab_size"), "1": 1}
     family_sizes = {letter: settings.integer(name) for letter, name in family.sizes.items()}
 
     block_sizes = []
-    for block, head_dim in enumerate(head_dims):
-        sizes = {**same, "K": head_dim, "H": widths_by_setting["num_attention_heads"][block]}
+    for block, head_dim in enumerate(block_widths.head_dims):
+        heads = block_widths.by_setting["num_attention_heads"][block]
+        sizes = {**same, "K": head_dim, "H": heads}
         for letter, setting in widths.SETTINGS.items():
-            sizes[letter] = widths_by_setting[setting][block] * widths.width_per_unit(letter, sizes)
+            units = block_widths.by_setting[setting][block]
+            sizes[letter] = units * widths.width_per_unit(letter, sizes)
         sizes |= family_sizes
         if not any(family.has_tensor(kinds[block], linear) for linear in family.expert_linears):
             sizes["E"] = 0

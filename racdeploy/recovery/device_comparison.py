@@ -81,7 +81,13 @@ def _run_steps(device: torch.device) -> Iterator[tuple[str, Tensor | float, floa
     rounded_OI, _ = round_to_grid(pruned, weight_OI, hessian, load_grid("q4_k"))
     yield "codes", hessian.energy(weight_OI - rounded_OI), tolerance
 
-    # A step of recovery on the embedded model, towards the states of other tokens.
+    # In each of 4 blocks 28 products of width 768 follow each other: 7 forward, 7 again, 14 back.
+    # Moments are in bfloat16.
+    yield "recovery", _run_recovery_step(device), 4 * 28 * _bound_rounding(768) + 2**-8
+
+
+def _run_recovery_step(device: torch.device) -> Tensor:
+    """Train the embedded model for a step, to the states of other tokens; return its moments."""
     model = Checkpoint(resolve_model(EMBEDDED).folder)
     out = model.folder  # nothing is written
     run = TrainingRun(
@@ -97,6 +103,7 @@ def _run_steps(device: torch.device) -> Iterator[tuple[str, Tensor | float, floa
         out=out,
         device=device,
     )
+
     student = Student(run, model.shape.prunable_weights)
     ids_BT = torch.arange(4096).view(16, 256) % 500
     hidden_ND = student.hidden_states(ids_BT, training=True).flatten(0, 1)
@@ -109,10 +116,7 @@ def _run_steps(device: torch.device) -> Iterator[tuple[str, Tensor | float, floa
 
     optimizer = MaskedAdam(student.weights, masked=())
     optimizer.step(learning_rate=1e-3, gradient_norm=1.0)
-    moments = [first.flatten().float() for first, _ in optimizer.moments.values()]
-    # In each of 4 blocks 28 products of width 768 follow each other: 7 forward, 7 again, 14 back.
-    # Moments are in bfloat16.
-    yield "recovery", torch.cat(moments), 4 * 28 * _bound_rounding(768) + 2**-8
+    return torch.cat([first.flatten().float() for first, _ in optimizer.moments.values()])
 
 
 def _bound_rounding(terms: int) -> float:

@@ -6,7 +6,6 @@ itself. So what asks the model of a bundle asks these, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -155,7 +154,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> DeployedModel:
     encoder = PromptEncoder.from_folder(folder / manifest.tokenizer.folder)
     eos_id = next(iter(manifest.tokenizer.eos_ids), None)
     settings = manifest.run_time(entry)
-    return DeployedModel(settings, folder / entry.path, encoder, eos_id, manifest)
+    return DeployedModel(settings, folder / entry.path, encoder, eos_id, manifest=manifest)
 
 
 def _open_gguf(file: Path) -> DeployedModel:
@@ -170,21 +169,20 @@ def _open_gguf(file: Path) -> DeployedModel:
         bytes_by_type[tensor.ggml_type] = size_bytes
     main_type = TYPES_BY_ID.get(max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1))
 
-    return _describe(
-        file,
-        file.name,
-        encoder,
-        {
-            "quant": main_type.name if main_type else "unknown",
-            "format": "gguf",
-            "backend": "llamacpp",
-        },
-        tuple(info["stop_ids"]),
-        info["eos_id"] if info["eos_id"] >= 0 else None,
-        metadata.get(f"{metadata.get('general.architecture')}.context_length"),
-        metadata.get("general.sampling.temp"),
-        metadata.get("general.sampling.top_p"),
+    plain = _PlainModel(
+        path=file,
+        name=file.name,
+        encoder=encoder,
+        quant=main_type.name if main_type else "unknown",
+        format="gguf",
+        backend="llamacpp",
+        stop_ids=tuple(info["stop_ids"]),
+        eos_id=info["eos_id"] if info["eos_id"] >= 0 else None,
+        context=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
+        temperature=metadata.get("general.sampling.temp"),
+        top_p=metadata.get("general.sampling.top_p"),
     )
+    return plain.deploy()
 
 
 def _list_weights(path: Path, backend: str) -> list[Path]:
@@ -249,55 +247,83 @@ def _open_folder(path: Path, backend: str) -> DeployedModel:
         return next((c[key] for c in configs for key in keys if key in c), None)
 
     quant = str(find("torch_dtype", "dtype") or "unknown") if path.is_dir() else "unknown"
-    return _describe(
-        path,
-        path.name if path.is_dir() else folder.name,
-        encoder,
-        {"quant": quant, "format": path.suffix[1:] or "safetensors", "backend": backend},
-        tuple(stop_ids),
-        stop_ids[0],
-        find("context_length", "max_position_embeddings"),
-        find("temperature"),
-        find("top_p"),
+    plain = _PlainModel(
+        path=path,
+        name=path.name if path.is_dir() else folder.name,
+        encoder=encoder,
+        quant=quant,
+        format=path.suffix[1:] or "safetensors",
+        backend=backend,
+        stop_ids=tuple(stop_ids),
+        eos_id=stop_ids[0],
+        context=find("context_length", "max_position_embeddings"),
+        temperature=find("temperature"),
+        top_p=find("top_p"),
     )
+    return plain.deploy()
 
 
-def _describe(
-    path: Path,
-    name: str,
-    encoder: PromptEncoder,
-    kinds: Mapping[str, str],
-    stop_ids: Ids,
-    eos_id: int | None,
-    context: object,
-    temperature: object,
-    top_p: object,
-) -> DeployedModel:
-    """Return a plain model with the settings that it advises."""
-    with artifact_errors(path):  # the names of its data files are a stranger's
-        files = _list_weights(path, kinds["backend"])
-        size_bytes = sum(file.stat().st_size for file in files)
-    tags = find_tag_names(encoder) or (None, None)
-    max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
-    context_tokens = min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS)
+@dataclass(frozen=True, kw_only=True)
+class _PlainModel:
+    """A model as its own files describe it.
 
-    with artifact_errors(f"the advice for sampling in {path}"):
-        settings = RunTimeSettings(
-            name=name,
-            artifact=ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),
-            tokenizer=TokenizerEntry(
-                files={},
-                template_sha256=encoder.template.sha256,
-                open_tag=tags[0],
-                close_tag=tags[1],
-                eos_ids=stop_ids,
-            ),
-            generation=GenerationSettings(
-                temperature=temperature if isinstance(temperature, int | float) else 0.0,
-                top_p=top_p if isinstance(top_p, int | float) else 1.0,
-                max_new_tokens=max_tokens or MAX_TOKENS,
-                context_tokens=context_tokens,
-                model_context_tokens=max_tokens,
-            ),
+    Args:
+        path: file or folder that its engine opens.
+        context: tokens of its longest context; any value, as the two below.
+        temperature, top_p: advised for sampling.
+    """
+
+    path: Path
+    name: str
+    encoder: PromptEncoder
+    quant: str
+    format: str
+    backend: str
+    stop_ids: Ids
+    eos_id: int | None
+    context: object
+    temperature: object
+    top_p: object
+
+    def deploy(self) -> DeployedModel:
+        """Return a plain model with the settings that it advises."""
+        with artifact_errors(self.path):  # the names of its data files are a stranger's
+            files = _list_weights(self.path, self.backend)
+            size_bytes = sum(file.stat().st_size for file in files)
+
+        open_tag, close_tag = find_tag_names(self.encoder) or (None, None)
+        with artifact_errors(f"the advice for sampling in {self.path}"):
+            settings = RunTimeSettings(
+                name=self.name,
+                artifact=ArtifactEntry(
+                    path=self.name,
+                    format=self.format,
+                    quant=self.quant,
+                    packing="plain",
+                    size_bytes=size_bytes,
+                    backend=self.backend,
+                ),
+                tokenizer=TokenizerEntry(
+                    files={},
+                    template_sha256=self.encoder.template.sha256,
+                    open_tag=open_tag,
+                    close_tag=close_tag,
+                    eos_ids=self.stop_ids,
+                ),
+                generation=self._advise_generation(),
+            )
+        return DeployedModel(settings, self.path, self.encoder, self.eos_id, files=tuple(files))
+
+    def _advise_generation(self) -> GenerationSettings:
+        """Return the model's advice; what is no number, or no possible context, counts as none."""
+        max_tokens = None
+        if isinstance(self.context, int) and 0 < self.context <= MAX_TOKENS:
+            max_tokens = self.context
+
+        return GenerationSettings(
+            temperature=self.temperature if isinstance(self.temperature, int | float) else 0.0,
+            top_p=self.top_p if isinstance(self.top_p, int | float) else 1.0,
+            max_new_tokens=max_tokens or MAX_TOKENS,
+            context_tokens=min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS),
+            model_context_tokens=max_tokens,
         )
-    return DeployedModel(settings, path, encoder, eos_id, files=tuple(files))

@@ -144,7 +144,7 @@ class Model(AbstractContextManager["Model"]):
         """
         prompt_ids = self._encode(prompt, options.pop("tools", ()))
         sampling = self._sampling(prompt_ids, **options)
-        completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
+        completion = self._complete(prompt_ids, sampling, self.tags, on_text=on_text, cancel=cancel)
         return self._result(prompt_ids, completion)
 
     async def agenerate(
@@ -216,7 +216,7 @@ class Model(AbstractContextManager["Model"]):
         ids = self.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
         free = replace(self._sampling(ids, **options), budget=None)
 
-        completion = self._complete(ids, free, None, on_text, cancel)
+        completion = self._complete(ids, free, None, on_text=on_text, cancel=cancel)
         text_ids = [token for token in completion.ids if token not in free.stop_ids]
         text = self.encoder.decode(text_ids)
         return Continuation(text, completion.ids, tuple(ids), completion.finish_reason)
@@ -275,16 +275,22 @@ class Model(AbstractContextManager["Model"]):
         prompt_ids: Sequence[int],
         sampling: decoding.Sampling,
         tags: ThinkingTags | None,
+        *,
         on_text: OnText | None,
         cancel: threading.Event | None,
     ) -> decoding.Completion:
         """Generate, and stream the text to ``on_text``, split by the tags."""
         self._check_length(len(prompt_ids))
-        eos_ids = self.settings.tokenizer.eos_ids
-        most = sampling.budget.max_tokens if sampling.budget else None
         reader = None
         if on_text:
-            reader = StreamDecoder(self.encoder, prompt_ids, tags, eos_ids, on_text, most)
+            reader = StreamDecoder(
+                self.encoder,
+                prompt_ids,
+                tags=tags,
+                eos_ids=self.settings.tokenizer.eos_ids,
+                on_text=on_text,
+                max_thinking_tokens=sampling.budget.max_tokens if sampling.budget else None,
+            )
 
         (completion,) = self.engine.generate(
             [prompt_ids],
@@ -314,10 +320,16 @@ class Model(AbstractContextManager["Model"]):
         overrides = {name: value for name, value in given.items() if value is not None}
         settings = self.settings.generation.model_copy(update=overrides)
 
-        max_tokens, control = settings.max_thinking_tokens, settings.thinking
+        max_tokens = settings.max_thinking_tokens
         if max_tokens is None and options.get("schema") is not None:
             max_tokens = self.context_tokens  # no limit, but the engine looks for the tags
-        budget = make_budget(self.encoder, self.tags, prompt_ids, max_tokens, control)
+        budget = make_budget(
+            self.encoder,
+            self.tags,
+            prompt_ids,
+            max_tokens=max_tokens,
+            control=settings.thinking,
+        )
 
         return decoding.Sampling(
             settings.max_new_tokens,

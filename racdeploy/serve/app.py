@@ -167,7 +167,8 @@ async def _ask_chat(served: ServedModel, body: Json) -> Reply:
     names = [tool["function"]["name"] for tool in options["tools"]]
     shown = VisibleText(stream, request.stops, strip=True, tools=names)
     answer = CompletionResponse(served.name, "chat.completion", request.stream)
-    return await _Exchange(stream, shown, answer, request.stream_options.include_usage).reply()
+    has_counts = request.stream_options.include_usage
+    return await _Exchange(stream, shown, answer, has_counts=has_counts).reply()
 
 
 async def _ask_completion(served: ServedModel, body: Json) -> Reply:
@@ -185,8 +186,14 @@ async def _ask_completion(served: ServedModel, body: Json) -> Reply:
     stream = served.model.acontinue_text(request.only_prompt, **request.text_options())
     shown = VisibleText(stream, request.stops, strip=False)
     answer = CompletionResponse(served.name, "text_completion", request.stream)
-    has_counts = request.stream_options.include_usage
-    return await _Exchange(stream, shown, answer, has_counts, request.return_token_ids).reply()
+    exchange = _Exchange(
+        stream,
+        shown,
+        answer,
+        has_counts=request.stream_options.include_usage,
+        has_ids=request.return_token_ids,
+    )
+    return await exchange.reply()
 
 
 async def _tokenize(served: ServedModel, body: Json) -> Reply:

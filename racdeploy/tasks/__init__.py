@@ -207,14 +207,14 @@ def load(spec: str) -> Task:
 
         refuse_table(argument)
         pool, repeated = _drop_duplicates(module.read(Path(argument)))
-        return Task(spec, None, pool, FILE_SHARES, repeated)
+        return Task(spec, None, pool, shares=FILE_SHARES, duplicate_count=repeated)
 
     if colon:
         raise UsageError(
             "takes-no-argument", f"task {name!r} takes no argument", remedy=f"write --tasks {name}"
         )
 
-    return Task(spec, module.draw, (), PROCEDURAL_SHARES)
+    return Task(spec, module.draw, (), shares=PROCEDURAL_SHARES)
 
 
 def _load_published(spec: str, module: ModuleType, path: str) -> Task:
@@ -227,7 +227,7 @@ def _load_published(spec: str, module: ModuleType, path: str) -> Task:
     for scorer in {problem.scorer for problem in pool}:
         scoring.check(scorer)
 
-    task = Task(spec, None, pool, FILE_SHARES, repeated, published)
+    task = Task(spec, None, pool, shares=FILE_SHARES, duplicate_count=repeated, dataset=published)
     if calibration is None:
         return task
 

@@ -172,7 +172,14 @@ class _Reader:
         infos = self._infos(tensors)
         data_start = align_up(self.position, alignment)
         located = self._locate_tensors(infos, data_start, alignment)
-        return GgufHeader(values, starts, located, alignment, data_start, self.size_bytes)
+        return GgufHeader(
+            metadata=values,
+            key_positions=starts,
+            tensors=located,
+            alignment=alignment,
+            data_start=data_start,
+            size_bytes=self.size_bytes,
+        )
 
     def _infos(self, count: int) -> _Infos:
         infos = {}

@@ -32,8 +32,15 @@ class Mxfp4Entry(PackedEntry):
     def from_parts(cls, codes: TensorEntry, exponents: TensorEntry) -> Mxfp4Entry:
         """Return the matrix of these codes and exponents, each of shape [rows, blocks, …]."""
         O, G, _ = codes.shape
-        parts = (codes, exponents)
-        return cls(codes.file, codes.start, codes.stop, "BF16", (O, G * BLOCK), parts, "mxfp4")
+        return cls(
+            codes.file,
+            start=codes.start,
+            stop=codes.stop,
+            dtype="BF16",
+            shape=(O, G * BLOCK),
+            parts=(codes, exponents),
+            packed_quant="mxfp4",
+        )
 
     def read(self) -> NDArray[np.uint16]:
         return to_bfloat16(*self._read_parts())

@@ -79,7 +79,9 @@ class TensorEntry:
 
     def map(self) -> NDArray[Any]:
         """Return the tensor as stored, which must not be empty; only what is used is read."""
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape)
+        return np.memmap(
+            self.file, DTYPES[self.dtype], mode="r", offset=self.start, shape=self.shape
+        )
 
     def iter_bytes(self) -> Iterator[bytes]:
         """Yield its bytes in order, a piece in memory at a time."""
@@ -142,11 +144,11 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
         damaged.message = f"{file} has {len(header):,} tensors; at most {_MAX_TENSORS:,} are read"
         raise damaged
 
-    entries = {
-        name: _read_entry(file, name, value, 8 + length, size_bytes)
-        for name, value in header.items()
-    }
-    _check_ranges(file, entries, 8 + length, size_bytes)
+    data_start = 8 + length
+    entries = {}
+    for name, value in header.items():
+        entries[name] = _read_entry(file, name, value, data_start=data_start, size_bytes=size_bytes)
+    _check_ranges(file, entries, data_start, size_bytes)
     return entries
 
 
@@ -292,7 +294,7 @@ def _read_entry(
             remedy="copy or download it again",
         )
 
-    return TensorEntry(file, start, stop, tag, tuple(shape))
+    return TensorEntry(file, start=start, stop=stop, dtype=tag, shape=tuple(shape))
 
 
 def _is_metadata(value: object) -> bool:

@@ -111,16 +111,17 @@ def _make_trace(
 
 def make_prompt_traces(encoder: PromptEncoder, problems: Sequence[Problem]) -> list[Trace]:
     """Return traces without completions, for calibration on prompts alone."""
-    return [
-        Trace(
-            index,
-            problem.task,
-            problem.question,
-            problem.gold,
-            tuple(encoder.encode(problem.question)),
+    traces = []
+    for index, problem in enumerate(problems):
+        trace = Trace(
+            index=index,
+            task=problem.task,
+            question=problem.question,
+            gold=problem.gold,
+            prompt_ids=tuple(encoder.encode(problem.question)),
         )
-        for index, problem in enumerate(problems)
-    ]
+        traces.append(trace)
+    return traces
 
 
 def summarize_traces(

@@ -87,43 +87,69 @@ def fit_steps_and_minima(group: ColumnGroup, steps: StepsAndMinima, grid: Grid) 
     bent_SO = group.H_SS @ code_SO
     sum_S = group.H_SS.sum(1)
 
-    # Negative half gradient (pull) and second derivatives along the step s and the minimum m.
-    pull_s_O = (code_SO * group.pull_SO).sum(0)
-    pull_m_O = -group.pull_SO.sum(0)
-    curve_ss_O = (code_SO * bent_SO).sum(0)
-    curve_mm = sum_S.sum()
-    curve_sm_O = -bent_SO.sum(0)
-
-    determinant_O = curve_ss_O * curve_mm - curve_sm_O.square()
-    is_convex_O = determinant_O > 0
-    solved_O = pull_s_O * curve_mm - pull_m_O * curve_sm_O
-    solved_O /= torch.where(is_convex_O, determinant_O, 1)
-    best_s_O = step_O + torch.where(is_convex_O, solved_O, 0)
-    stepped_O = nearest_steps(best_s_O, step_unit_O, grid)
+    error = _Error(
+        pull_s_O=(code_SO * group.pull_SO).sum(0),
+        pull_m_O=-group.pull_SO.sum(0),
+        curve_ss_O=(code_SO * bent_SO).sum(0),
+        curve_mm=sum_S.sum(),
+        curve_sm_O=-bent_SO.sum(0),
+    )
+    stepped_O = nearest_steps(step_O + error.solve_s(), step_unit_O, grid)
 
     for tried_O in (stepped_O, step_O.clone()):
         by_s_O = tried_O - step_O
-        rest_O = pull_m_O - by_s_O * curve_sm_O
-        best_m_O = minimum_O + rest_O / curve_mm
+        best_m_O = minimum_O + error.solve_m(by_s_O)
         by_m_O = nearest_minima(best_m_O, minimum_unit_O, grid) - minimum_O
-
-        gain_O = 2 * (by_s_O * pull_s_O + by_m_O * pull_m_O)
-        gain_O -= by_s_O.square() * curve_ss_O + by_m_O.square() * curve_mm
-        gain_O -= 2 * by_s_O * by_m_O * curve_sm_O
-        better_O = (gain_O > 0) & (tried_O > 0) & (step_O > 0)
+        better_O = (error.gain(by_s_O, by_m_O) > 0) & (tried_O > 0) & (step_O > 0)
 
         by_s_O = torch.where(better_O, by_s_O, 0)
         by_m_O = torch.where(better_O, by_m_O, 0)
         step_O += by_s_O
         minimum_O += by_m_O
-
-        # The gradient at the new values.
-        pull_s_O = pull_s_O - by_s_O * curve_ss_O - by_m_O * curve_sm_O
-        pull_m_O = pull_m_O - by_s_O * curve_sm_O - by_m_O * curve_mm
+        error.move(by_s_O, by_m_O)
 
     weight_SO = group.weight_SO
     torch.mul(code_SO, step_O, out=weight_SO)
     weight_SO -= minimum_O
+
+
+@dataclass
+class _Error:
+    """The error of a group for its codes, quadratic in its step s and its minimum m.
+
+    ``pull``: negative half gradient. ``curve``: second derivatives.
+    """
+
+    pull_s_O: Tensor
+    pull_m_O: Tensor
+    curve_ss_O: Tensor
+    curve_mm: Tensor
+    curve_sm_O: Tensor
+
+    def solve_s(self) -> Tensor:
+        """Return the change of the step to the least error over both, 0 where there is none."""
+        determinant_O = self.curve_ss_O * self.curve_mm - self.curve_sm_O.square()
+        is_convex_O = determinant_O > 0
+        solved_O = self.pull_s_O * self.curve_mm - self.pull_m_O * self.curve_sm_O
+        solved_O /= torch.where(is_convex_O, determinant_O, 1)
+        return torch.where(is_convex_O, solved_O, 0)
+
+    def solve_m(self, by_s_O: Tensor) -> Tensor:
+        """Return the best change of the minimum after a change of the step."""
+        rest_O = self.pull_m_O - by_s_O * self.curve_sm_O
+        return rest_O / self.curve_mm
+
+    def gain(self, by_s_O: Tensor, by_m_O: Tensor) -> Tensor:
+        """Return how much changes lower the error."""
+        gain_O = 2 * (by_s_O * self.pull_s_O + by_m_O * self.pull_m_O)
+        gain_O -= by_s_O.square() * self.curve_ss_O + by_m_O.square() * self.curve_mm
+        gain_O -= 2 * by_s_O * by_m_O * self.curve_sm_O
+        return gain_O
+
+    def move(self, by_s_O: Tensor, by_m_O: Tensor) -> None:
+        """Take the gradient at changed values."""
+        self.pull_s_O = self.pull_s_O - by_s_O * self.curve_ss_O - by_m_O * self.curve_sm_O
+        self.pull_m_O = self.pull_m_O - by_s_O * self.curve_sm_O - by_m_O * self.curve_mm
 
 
 def search_free(weight_OGS: Tensor, energy_1GS: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

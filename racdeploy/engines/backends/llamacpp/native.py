@@ -215,7 +215,9 @@ class NativeModel(_Vocabulary):
         self._contexts = []
         for index in range(count):
             slots = len(range(index, settings.parallel, count))
-            context = _Context(self._model, settings, slots, self._log, self.vocabulary)
+            context = _Context(
+                self._model, settings, slots=slots, log=self._log, vocabulary=self.vocabulary
+            )
             self._contexts.append(context)
 
     def decoders(self) -> list[_Context]:
@@ -246,7 +248,7 @@ class _Context:
     """A llama.cpp context: some slots that are decoded together, a ``batching.Decoder``."""
 
     def __init__(
-        self, model: Any, settings: EngineSettings, slots: int, log: _Log, vocabulary: int
+        self, model: Any, settings: EngineSettings, *, slots: int, log: _Log, vocabulary: int
     ) -> None:
         self.slots = slots
         self.batch_tokens = BATCH_TOKENS

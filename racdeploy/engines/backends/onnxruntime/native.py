@@ -159,7 +159,14 @@ class AppendedCache:
 
 
 def _bind(bind: Callable[..., None], name: str, value: Array) -> None:
-    bind(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
+    bind(
+        name,
+        "cpu",
+        device_id=0,
+        element_type=value.dtype.type,
+        shape=value.shape,
+        buffer_ptr=value.ctypes.data,
+    )
 
 
 def _run_errors(tokens: int, sequences: int, past: int) -> AbstractContextManager[None]:

@@ -131,12 +131,14 @@ class GraniteMoeBlock(_Routed):
         super().__init__()
         fused = getattr(original, "output_linear", None)  # up to transformers 5.8
         if fused is not None:
-            (E, D, F), activation = fused.weight.shape, original.activation
+            E, D, F = fused.weight.shape
+            activation = original.activation
         else:
-            (E, D, F), activation = original.experts.down_proj.shape, original.experts.act_fn
+            E, D, F = original.experts.down_proj.shape
+            activation = original.experts.act_fn
 
         self.router = GraniteRouter(D, E)
-        self.experts = _make_experts(E, D, F, names, activation)
+        self.experts = _make_experts(E, D, F, names=names, activation=activation)
         self._K = original.router.top_k
 
     def forward(self, hidden_BTD: Tensor) -> Any:
@@ -194,15 +196,18 @@ def unfuse_experts(model: nn.Module, linears: Sequence[str]) -> None:
             model.set_submodule(name, GraniteMoeBlock(module, leaves))
         elif "down_proj" in names and "gate_up_proj_bias" not in names:
             E, D, F = module.get_parameter("down_proj").shape
-            model.set_submodule(name, _make_experts(E, D, F, leaves, module.act_fn))
+            separate = _make_experts(E, D, F, names=leaves, activation=module.act_fn)
+            model.set_submodule(name, separate)
         elif isinstance(experts, nn.ModuleList):
             first: Any = experts[0]
             D, F = first.down_proj.weight.shape
-            separate = _make_experts(len(experts), D, F, leaves, first.act_fn)
+            separate = _make_experts(len(experts), D, F, names=leaves, activation=first.act_fn)
             model.set_submodule(name, SparseMoeBlock(module, separate))
 
 
-def _make_experts(E: int, D: int, F: int, names: Sequence[str], activation: Activation) -> Experts:
+def _make_experts(
+    E: int, D: int, F: int, *, names: Sequence[str], activation: Activation
+) -> Experts:
     def gating(first_NF: Tensor, *up_NF: Tensor) -> Tensor:
         return math.prod(up_NF, start=activation(first_NF))
 

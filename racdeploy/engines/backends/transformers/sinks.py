@@ -47,10 +47,8 @@ def attend(
     H, T = query_BHTK.shape[1:3]
     groups, S = key_BGSK.shape[1:3]
     # X: all keys, and behind them the sink: a key and a value of zeros.
-    key_BHXK, value_BHXK = (
-        pad(each, (0, 0, 0, 1)).repeat_interleave(H // groups, dim=1)
-        for each in (key_BGSK, value_BGSK)
-    )
+    key_BHXK = pad(key_BGSK, (0, 0, 0, 1)).repeat_interleave(H // groups, dim=1)
+    value_BHXK = pad(value_BGSK, (0, 0, 0, 1)).repeat_interleave(H // groups, dim=1)
     sink_H11 = s_aux.to(query_BHTK.dtype)[:, None, None]
 
     # The mask carries the sink's score, since the product with a zero key is 0.
@@ -58,7 +56,9 @@ def attend(
     step = max(1, _MASK_VALUES // (H * (S + 1)))
     for start in range(0, T, step):
         stop = min(start + step, T)
-        visible_B1XS = _visible_keys(attention_mask, start, stop, T, S, query_BHTK.device)
+        visible_B1XS = _visible_keys(
+            attention_mask, start, stop, T=T, S=S, device=query_BHTK.device
+        )
 
         score_BHXS = query_BHTK.new_zeros((len(visible_B1XS), H, stop - start, S + 1))
         score_BHXS[..., :S].masked_fill_(~visible_B1XS, -torch.inf)
@@ -78,14 +78,19 @@ def attend(
 
 
 def _visible_keys(
-    mask_B1TS: Tensor | None, start: int, stop: int, T: int, S: int, device: torch.device
+    mask_B1TS: Tensor | None,
+    start: int,
+    stop: int,
+    *,
+    T: int,
+    S: int,
+    device: torch.device,
 ) -> Tensor:
     """Return the mask of keys that some queries see; without a mask, keys up to themselves."""
     if mask_B1TS is not None:
         return mask_B1TS[:, :, start:stop, :S]
 
-    position_T = (
-        torch.arange(start, stop, device=device) + S - T
-    )  # with a cache, queries are its last tokens
+    # With a cache, queries are its last tokens.
+    position_T = torch.arange(start, stop, device=device) + S - T
     visible_TS = torch.arange(S, device=device) <= position_T[:, None]
     return visible_TS[None, None]
