@@ -87,16 +87,19 @@ def find_nearest(config: Config, tensors: Set[str] = frozenset()) -> NearestFami
     families: list[tuple[str, Family]] = []
     for name in plugins.list_names("families"):
         family = plugins.load("families", name).FAMILY
-        families += [(name, each) for each in (family, family.moe_variant) if each]
+        families.append((name, family))
+        if family.moe_variant:
+            families.append((name, family.moe_variant))
 
     specific = [_list_specific_keys(family) for _, family in families]
     shared = config_schema.CHECKED_KEYS.difference(*specific) | _SHARED
     used = {key for key, value in config.items() if value is not None}
 
-    rows = [
-        NearestFamily(name, sorted(used - shared - own), *_compare(family, tensors))
-        for (name, family), own in zip(families, specific, strict=True)
-    ]
+    rows = []
+    for (name, family), own in zip(families, specific, strict=True):
+        unknown, missing = _compare(family, tensors)
+        unknown_settings = sorted(used - shared - own)
+        rows.append(NearestFamily(name, unknown_settings, unknown, missing))
 
     def distance(row: NearestFamily) -> tuple[int, float]:
         differences = [*row.unknown_settings, *row.unknown_tensors, *row.missing_tensors]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def _list_parts(entry: TensorEntry, fused: FusedExperts, outputs: int) -> dict[s
     count = len(fused.parts)
     rows = entry.shape[outputs] // count
     shape = (rows, *entry.shape[1:outputs], *entry.shape[outputs + 1 :])
-    stored = (entry.file, entry.start, entry.stop, entry.dtype, shape, entry)
+    before_outputs = [slice(None)] * (outputs - 1)
 
     parts: dict[str, TensorEntry] = {}
     for expert in range(entry.shape[0]):
@@ -129,8 +130,18 @@ def _list_parts(entry: TensorEntry, fused: FusedExperts, outputs: int) -> dict[s
             chosen = slice(index * rows, (index + 1) * rows)
             if fused.interleaved:
                 chosen = slice(index, None, count)
-            where: tuple[int | slice, ...] = (expert, *(slice(None),) * (outputs - 1), chosen)
-            parts[name] = _ExpertEntry(*stored, where, outputs == 2)
+
+            parts[name] = _ExpertEntry(
+                entry.file,
+                start=entry.start,
+                stop=entry.stop,
+                dtype=entry.dtype,
+                shape=shape,
+                whole=entry,
+                where=(expert, *before_outputs, chosen),
+                is_transposed=outputs == 2,
+            )
+
     return parts
 
 
@@ -234,15 +245,29 @@ def fuse(
     tensors: dict[str, WritableTensor] = dict(entries)
     prefixes = dict.fromkeys(_split(name, blocks)[0] for name in entries)
     for block in filter(None, prefixes):
-        for stored, each in fused.items():
-            experts: list[tuple[TensorEntry, ...]] = []
-            members: list[str] = []
-            while f"{block}{each.names(len(experts))[0]}" in entries:
-                names = [f"{block}{part}" for part in each.names(len(experts))]
-                experts.append(tuple(entries[name] for name in names))
-                members += names
-            if members and not any(isinstance(entries[name], CodedWeight) for name in members):
-                for name in members:
-                    del tensors[name]
-                tensors[f"{block}{stored}"] = FusedSource(each, tuple(experts))
+        for stored, layout in fused.items():
+            experts = _list_experts(entries, block, layout)
+            parts = list(chain.from_iterable(experts))
+            if not parts or any(isinstance(entries[part], CodedWeight) for part in parts):
+                continue
+
+            for part in parts:
+                del tensors[part]
+            sources = []
+            for names in experts:
+                sources.append(tuple(entries[name] for name in names))
+            tensors[f"{block}{stored}"] = FusedSource(layout, tuple(sources))
+
     return dict(sorted(tensors.items()))
+
+
+def _list_experts(
+    entries: Mapping[str, TensorEntry], block: str, layout: FusedExperts
+) -> list[list[str]]:
+    """Return the names of each expert's parts in a block; ``block`` is the prefix of its names."""
+    experts: list[list[str]] = []
+    while True:
+        names = [f"{block}{part}" for part in layout.names(len(experts))]
+        if names[0] not in entries:
+            return experts
+        experts.append(names)

@@ -34,25 +34,36 @@ def select_tensors(stored: Mapping[str, TensorEntry], shape: ModelShape) -> dict
 
     There are none unless llama.cpp supports it: complete, and like the last attention block.
     """
-    named = {name: entry for name, entry in stored.items() if name.startswith(PREFIXES)}
-    head = {name.removeprefix("model."): entry for name, entry in named.items()}
+    head = {}
+    for name, entry in stored.items():
+        if name.startswith(PREFIXES):
+            head[name.removeprefix("model.")] = entry
 
-    attending = [block for block, attends in enumerate(shape.attends) if attends]
-    family = shape.family
-    if not (head and family.mtp_head and attending):
+    if not head or not shape.family.mtp_head or not any(shape.attends):
         return {}
 
-    sizes, kinds = shape.sizes[attending[-1]], shape.kinds[attending[-1]]
+    shapes = {name: tuple(entry.shape) for name, entry in head.items()}
+    is_supported = shapes == _list_expected_shapes(shape, count_blocks(head))
+    return head if is_supported else {}
+
+
+def _list_expected_shapes(shape: ModelShape, block_count: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a head's tensors, whose blocks are like the last attention block."""
+    family = shape.family
+    assert family.mtp_head
+    last = max(block for block, attends in enumerate(shape.attends) if attends)
+    sizes = shape.sizes[last]
     expected = {}
 
     for name, in_file in family.mtp_head.tensors.items():
         letters = family.axes.get(in_file.removesuffix(".weight"), ("D",))
         expected[PREFIX + name] = widths.axis_lengths(letters, sizes)
 
-    for block in range(count_blocks(head)):
+    for block in range(block_count):
         for inside in family.block_tensors:
-            if family.has_tensor(kinds, inside) and not inside.endswith(".bias"):
-                block_shape = widths.tensor_shape(family, inside, sizes)
-                expected[f"{PREFIX}layers.{block}.{inside}"] = block_shape
+            if inside.endswith(".bias") or not family.has_tensor(shape.kinds[last], inside):
+                continue
+            block_shape = widths.tensor_shape(family, inside, sizes)
+            expected[f"{PREFIX}layers.{block}.{inside}"] = block_shape
 
-    return head if expected == {name: tuple(head[name].shape) for name in head} else {}
+    return expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -70,6 +70,16 @@ def resolve_model(model: str) -> ResolvedModel:
     return ResolvedModel(model.partition("/")[2], folder, model, folder.name)
 
 
+def _group_split_files(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the GGUF files of language models, parts of a split one together by their stem."""
+    parts_by_stem: dict[str, list[str]] = {}
+    for name in names:
+        match = _GGUF.fullmatch(name)
+        if match and ".." not in name and "mmproj" not in name:
+            parts_by_stem.setdefault(match[1], []).append(name)
+    return parts_by_stem
+
+
 @cache
 def fetch_gguf(source: Path) -> Path:
     """Return the downloaded GGUF file of ``ORG/NAME:QUANT``, of a split model the first.
@@ -89,12 +99,8 @@ def fetch_gguf(source: Path) -> Path:
         info = hub.HfApi().model_info(model)
     commit = check_commit(info.sha, model)
 
-    parts_by_stem: dict[str, list[str]] = {}
-    for file in sorted(each.rfilename for each in info.siblings or ()):
-        found = _GGUF.fullmatch(file)
-        if found and ".." not in file and "mmproj" not in file:
-            parts_by_stem.setdefault(found[1], []).append(file)
-
+    names = sorted(sibling.rfilename for sibling in info.siblings or ())
+    parts_by_stem = _group_split_files(names)
     is_wanted = re.compile(rf"(.*[-./])?{re.escape(quant)}", re.IGNORECASE).fullmatch
     fitting = [parts for stem, parts in parts_by_stem.items() if is_wanted(stem)]
     if len(fitting) != 1:

@@ -95,15 +95,26 @@ class Importance:
 
         return normalize(mean_I)
 
+    def _sum_experts(self, parts: Sequence[str]) -> tuple[Floats, Floats]:
+        """Return the sums of squares and the tokens of each part; zeros if it has no tokens."""
+        known_I = next(self.means[part] for part in parts if part in self.means)
+        none_I = np.zeros_like(known_I)
+
+        rows = [self.means.get(part, none_I) for part in parts]
+        counts = [self.tokens.get(part, 0) for part in parts]
+        count_E1 = np.array(counts, dtype=np.float32)[:, None]
+        return np.stack(rows) * count_E1, count_E1
+
     def write_imatrix(self, file: Path, names: Mapping[str, Sequence[str]]) -> None:
         """Write an importance matrix that llama.cpp reads.
 
         Args:
             names: name in the exported file → names in the checkpoint, one for each expert.
         """
-        sources = {
-            name: parts for name, parts in names.items() if not self.means.keys().isdisjoint(parts)
-        }
+        sources = {}
+        for name, parts in names.items():
+            if not self.means.keys().isdisjoint(parts):
+                sources[name] = parts
         known = self.tokens.keys() & chain.from_iterable(sources.values())
         max_tokens = max(self.tokens[part] for part in known)
 
@@ -116,12 +127,7 @@ class Importance:
                 writer.add_uint32("imatrix.chunk_size", max_tokens)
 
                 for name, parts in sorted(sources.items()):
-                    # A part without tokens has zeros.
-                    known_I = next(self.means[part] for part in parts if part in self.means)
-                    rows = [self.means.get(part, np.zeros_like(known_I)) for part in parts]
-                    counts = [[self.tokens.get(part, 0)] for part in parts]
-                    count_E1 = np.array(counts, dtype=np.float32)
-                    sum_EI = np.stack(rows) * count_E1
+                    sum_EI, count_E1 = self._sum_experts(parts)
                     writer.add_tensor(name + _SUMS, sum_EI)
                     writer.add_tensor(name + _COUNTS, count_E1)
 

@@ -52,16 +52,7 @@ class BlockwiseTraining:
         train_batches = make_batches(run.train_traces, tasks, held_out=False, max_tokens=tokens)
         held_out = make_batches(run.held_out, tasks, held_out=True, max_tokens=tokens)
         text = make_batches(run.text, tasks, held_out=True, max_tokens=tokens)
-        lengths = [int(_mask_real(batch).sum()) for batch in train_batches]
-        generator = random.Random(settings.seed)
-
-        def draw() -> list[int]:
-            order = list(range(len(train_batches)))
-            generator.shuffle(order)
-            return order
-
-        length = lengths.__getitem__
-        self.steps = plan_steps(draw, length, run.tokens, settings.batch_tokens)
+        self.steps = _plan_steps(run, train_batches)
         self.watch = ProgressLine(run.tokens, 0, run.notify)
 
         # Every process numbers all batches alike, but holds the hidden states of its own only.
@@ -319,6 +310,19 @@ class BlockwiseTraining:
         tokens = round(blocks / len(self.training_run.sources) * self.training_run.tokens)
         self.training_run.report_progress(tokens)
         return tokens
+
+
+def _plan_steps(run: TrainingRun, batches: Sequence[Batch]) -> list[list[int]]:
+    """Return the batches of each step, by number, drawn in a new order on every pass."""
+    generator = random.Random(run.settings.seed)
+    lengths = [int(_mask_real(batch).sum()) for batch in batches]
+
+    def draw() -> list[int]:
+        order = list(range(len(batches)))
+        generator.shuffle(order)
+        return order
+
+    return plan_steps(draw, lengths.__getitem__, run.tokens, run.settings.batch_tokens)
 
 
 def _mask_real(batch: Batch) -> Tensor:

@@ -39,9 +39,14 @@ def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
 def is_linear(family: Family, name: str) -> bool:
     """Return True if a tensor of the file is a prunable linear."""
     # The file may be of the family's architecture with widths per block, which names them its way.
-    forms = (family, family.with_per_block_arch()) if family.per_block_arch else (family,)
-    weights = [f"{linear}.weight" for linear in family.linears]
-    linears = {each for form in forms for name in weights for each in form.list_gguf_names(name)}
+    forms = [family]
+    if family.per_block_arch:
+        forms.append(family.with_per_block_arch())
+
+    linears: set[str] = set()
+    for form in forms:
+        for linear in family.linears:
+            linears.update(form.list_gguf_names(f"{linear}.weight"))
     return name.split(".", 2)[-1] in linears
 
 

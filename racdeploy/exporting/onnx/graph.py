@@ -180,17 +180,24 @@ class _Wiring:
                 if weight := self._resolve(name):
                     node.input[index] = self._classify(node, index, weight)
 
-        read = {name for node in self._graph.node for name in node.input}
-        read |= {value.name for value in self._graph.output}
-        transposes = [node for node in self._graph.node if node.op_type == _TRANSPOSE]
-        unread = [node for node in transposes if read.isdisjoint(node.output)]
-        for node in unread:
+        removed = set(self._sources)
+        for node in self._list_unread_transposes():
             self._graph.node.remove(node)
+            removed.update(node.output)
 
-        removed = {name for node in unread for name in node.output} | set(self._sources)
         for values in (self._graph.initializer, self._graph.value_info):
-            for value in [value for value in values if value.name in removed]:
+            outdated = [value for value in values if value.name in removed]
+            for value in outdated:
                 values.remove(value)
+
+    def _list_unread_transposes(self) -> list[onnx.NodeProto]:
+        """Return the transpositions whose output neither a node reads nor the graph returns."""
+        read = {value.name for value in self._graph.output}
+        for node in self._graph.node:
+            read.update(node.input)
+
+        transposes = [node for node in self._graph.node if node.op_type == _TRANSPOSE]
+        return [node for node in transposes if read.isdisjoint(node.output)]
 
     def _resolve(self, name: str) -> Weight | None:
         """Return the weight of which a value is a transposition, or None if it is of no weight."""

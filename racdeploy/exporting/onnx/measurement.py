@@ -31,11 +31,16 @@ def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     rows = [_measure(tensor, stored, path) for tensor in read_tensors(properties, path)]
     rows += [_measure_other(tensor, path) for tensor in stored.unread.values()]
 
+    opsets = []
+    for opset in model.opset_import:
+        domain = opset.domain or "ai.onnx"
+        opsets.append(f"{domain} {opset.version}")
+
     names = [value.name for value in model.graph.input]
-    opsets = [f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import]
+    inputs = [name for name in names if not name.startswith("past_")]
+
     scalars = {key: value for key, value in properties.items() if key != TENSORS_KEY}
     scalars["onnx.opsets"] = ", ".join(opsets)
-    inputs = [name for name in names if not name.startswith("past_")]
     scalars["onnx.inputs"] = ", ".join(inputs)
     return scalars, rows
 

@@ -6,7 +6,7 @@ are stored in float32: onnxruntime 1.32 ignores scales behind a Cast that it doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,24 +203,25 @@ def _make_block_lookup(node: NodeProto, tensor: GraphTensor, shared: Shared) -> 
     row_shape = _share_integers(shared, [0, 0, tensor.shape[1]])
     indices = node.input[1]
 
-    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("Gather", [tensor.name, indices], "codes", {"axis": 0}),
-        ("Cast", ["codes"], "wide", {"to": TensorProto.FLOAT}),
-        ("Reshape", ["wide", block_shape], "coded", {}),
-        ("Sub", ["coded", zero_code], "whole", {}),
-        ("Gather", [f"{tensor.name}.scales", indices], "scale", {"axis": 0}),
-        ("Unsqueeze", ["scale", last_axis], "scales", {}),
-        ("Mul", ["whole", "scales"], "blocks", {}),
-        ("Reshape", ["blocks", row_shape], "rows", {}),
-    ]
+    # Names of the values between the nodes.
+    prefix = f"{NODE_PREFIX}{tensor.name}"
+    codes, wide, coded = f"{prefix}.codes", f"{prefix}.wide", f"{prefix}.coded"
+    scale, scales = f"{prefix}.scale", f"{prefix}.scales"
+    whole, blocks = f"{prefix}.whole", f"{prefix}.blocks"
 
-    names = {output: f"{NODE_PREFIX}{tensor.name}.{output}" for _, _, output, _ in steps}
-    names["rows"] = node.output[0]
+    yield _make_step("Gather", [tensor.name, indices], codes, axis=0)
+    yield _make_step("Cast", [codes], wide, to=TensorProto.FLOAT)
+    yield _make_step("Reshape", [wide, block_shape], coded)
+    yield _make_step("Sub", [coded, zero_code], whole)
+    yield _make_step("Gather", [f"{tensor.name}.scales", indices], scale, axis=0)
+    yield _make_step("Unsqueeze", [scale, last_axis], scales)
+    yield _make_step("Mul", [whole, scales], blocks)
+    yield _make_step("Reshape", [blocks, row_shape], node.output[0])
 
-    for op, inputs, output, attributes in steps:
-        read = [names.get(name, name) for name in inputs]
-        written = names[output]
-        yield helper.make_node(op, read, [written], NODE_PREFIX + written, **attributes)
+
+def _make_step(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> NodeProto:
+    """Return a node of one output, after which it is named."""
+    return helper.make_node(op, inputs, [output], NODE_PREFIX + output, **attributes)
 
 
 def _share_integers(shared: Shared, values: list[int]) -> str:

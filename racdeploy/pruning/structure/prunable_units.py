@@ -54,5 +54,8 @@ class PrunableUnits:
             weight_U = weigh().masked_fill(~self.kept_U, torch.inf)
             weight_CX = weight_U.view(self._cohorts, -1)
             lowest_CX = torch.argsort(weight_CX, dim=1, stable=True)[:, :per_run]
-            starts_C = torch.arange(0, len(weight_U), weight_CX.shape[1], device=weight_U.device)
-            self.remove((starts_C[:, None] + lowest_CX).reshape(-1))
+
+            run_length = weight_CX.shape[1]
+            starts_C = torch.arange(0, len(weight_U), run_length, device=weight_U.device)
+            index_CX = starts_C[:, None] + lowest_CX
+            self.remove(index_CX.reshape(-1))

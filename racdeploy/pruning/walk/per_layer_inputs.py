@@ -27,25 +27,32 @@ def compute_per_layer_input(
     P = checkpoint.shape.integer("hidden_size_per_layer_input")
     columns = slice(block * P, (block + 1) * P)
     used_N, row_BT = torch.unique(ids_BT, return_inverse=True)
-    rows = used_N.numpy()
+    ids = used_N.numpy()
 
-    embedded_ND = torch.from_numpy(checkpoint.read_rows(_EMBEDDING, rows)).to(device)
+    embedded_ND = torch.from_numpy(checkpoint.read_rows(_EMBEDDING, ids)).to(device)
+    projected_NP = _project(checkpoint, embedded_ND, columns)
+
+    is_in_table = ids < checkpoint.entries[_PER_LAYER_EMBEDDING].shape[0]
+    rows = np.where(is_in_table, ids, 0)  # transformers gives ids beyond it the first row
+    table_NP = checkpoint.read_rows(_PER_LAYER_EMBEDDING, rows, columns)
+    looked_up_NP = torch.from_numpy(table_NP).to(device)
+
+    per_layer_NP = (projected_NP + looked_up_NP * P**0.5) * 2**-0.5
+    per_layer_BTP: Tensor = per_layer_NP[row_BT.to(device)]
+    return per_layer_BTP
+
+
+def _project(checkpoint: Checkpoint, embedded_ND: Tensor, columns: slice) -> Tensor:
+    """Return the normed projection of embeddings to the per-layer inputs of one block."""
+    device = embedded_ND.device
     D = embedded_ND.shape[1]
-    projection_PD = torch.from_numpy(
-        checkpoint.read_rows(_PROJECTION, np.arange(columns.start, columns.stop))
-    ).to(device)
+    outputs = np.arange(columns.start, columns.stop)
+    projection_PD = torch.from_numpy(checkpoint.read_rows(_PROJECTION, outputs)).to(device)
     scaled_ND = embedded_ND * embedding_scale(checkpoint.shape)
     projected_NP = scaled_ND @ projection_PD.T * D**-0.5
 
     weight_P = torch.from_numpy(checkpoint.read(_NORM)).to(device)
     eps = float(checkpoint.config["rms_norm_eps"])
     square_N1 = projected_NP.square().mean(-1, keepdim=True) + eps
-    normed_NP = projected_NP * square_N1.pow(-0.5) * weight_P
-
-    known = rows < checkpoint.entries[_PER_LAYER_EMBEDDING].shape[0]
-    rows = np.where(known, rows, 0)  # transformers gives ids beyond the table the first row
-    table_NP = checkpoint.read_rows(_PER_LAYER_EMBEDDING, rows, columns)
-    looked_up_NP = torch.from_numpy(table_NP).to(device)
-    per_layer_NP = (normed_NP + looked_up_NP * P**0.5) * 2**-0.5
-    per_layer_BTP: Tensor = per_layer_NP[row_BT.to(device)]
-    return per_layer_BTP
+    normed_NP: Tensor = projected_NP * square_N1.pow(-0.5) * weight_P
+    return normed_NP

@@ -25,12 +25,20 @@ def _make_blocks(weight_OI: Floats) -> MatMulNBitsBlocks:
     """Return the blocks of float32 weight_OI."""
     O, I = weight_OI.shape
     weight_GS = weight_OI.reshape(-1, BLOCK_SIZE)
-    slabs = np.split(weight_GS, range(_SLAB_BLOCKS, len(weight_GS), _SLAB_BLOCKS))
-    found = [_search(slab_GS) for slab_GS in slabs]
-    code_OI = np.concatenate([code_GS for code_GS, _, _ in found]).reshape(O, I)
-    scale_OG = np.concatenate([scale_G for _, scale_G, _ in found]).reshape(O, -1)
-    zero_OG = np.concatenate([zero_G for _, _, zero_G in found]).reshape(O, -1)
-    return MatMulNBitsBlocks(4, code_OI, scale_OG, zero_OG)
+
+    codes, scales, zeros = [], [], []
+    for start in range(0, len(weight_GS), _SLAB_BLOCKS):
+        code_GS, scale_G, zero_G = _search(weight_GS[start : start + _SLAB_BLOCKS])
+        codes.append(code_GS)
+        scales.append(scale_G)
+        zeros.append(zero_G)
+
+    return MatMulNBitsBlocks(
+        4,
+        np.concatenate(codes).reshape(O, I),
+        np.concatenate(scales).reshape(O, -1),
+        np.concatenate(zeros).reshape(O, -1),
+    )
 
 
 def _search(

@@ -33,11 +33,23 @@ def join_blocks(codes: GridCodes, *fields_NP: Bytes) -> Bytes:
     assert codes.minimum_code_OG is not None
     assert codes.minimum_scale_OX is not None
     numbers_OG = np.stack([codes.step_code_OG, codes.minimum_code_OG]).astype(np.uint8)
-    first_2N4, last_2N4 = np.split(numbers_OG.reshape(2, -1, _BLOCK // _GROUP), 2, axis=2)
-    shared_2N4 = first_2N4 | last_2N4 >> 4 << 6
-    low_N4 = last_2N4[0] & 15 | last_2N4[1] << 4
-    scales_NP = [as_half(codes.scale_OX), as_half(codes.minimum_scale_OX)]
-    return join_fields(codes, [*scales_NP, *shared_2N4, low_N4, *fields_NP])
+    numbers_2N8 = numbers_OG.reshape(2, -1, _BLOCK // _GROUP)
+    first_2N4, last_2N4 = np.split(numbers_2N8, 2, axis=2)
+
+    high_bits_2N4 = last_2N4 >> 4
+    shared_steps_N4, shared_minima_N4 = first_2N4 | high_bits_2N4 << 6
+    low_steps_N4, low_minima_N4 = last_2N4 & 15
+    low_N4 = low_steps_N4 | low_minima_N4 << 4
+
+    fields = [
+        as_half(codes.scale_OX),
+        as_half(codes.minimum_scale_OX),
+        shared_steps_N4,
+        shared_minima_N4,
+        low_N4,
+        *fields_NP,
+    ]
+    return join_fields(codes, fields)
 
 
 def _pack(codes: GridCodes) -> Bytes:

@@ -312,8 +312,9 @@ def _list_pasts(model: nn.Module, shape: ModelShape) -> dict[str, tuple[int, ...
     module: Any
     for module in model.modules():
         if hasattr(module, "k_proj"):
-            keys = (_BATCH, shape.num_key_value_heads, _PAST, shape.head_dim)
-            pasts |= {_name(module.layer_idx, part): keys for part in _PAIR}
+            for part in _PAIR:
+                past = (_BATCH, shape.num_key_value_heads, _PAST, shape.head_dim)
+                pasts[_name(module.layer_idx, part)] = past
         elif hasattr(module, "conv1d"):
             channels, _, width = module.conv1d.weight.shape
             if hasattr(module, "num_v_heads"):
