@@ -110,7 +110,7 @@ def _join_build(job: Job, options: TraceOptions, progress: Progress | None) -> I
     with join_process_group() as processes:
         work = options.work or default_work_folder()
         shown = progress if processes.is_first else None
-        builder = Build(job, work, options.threads, shown, processes)
+        builder = Build(job, work, options.threads, progress=shown, processes=processes)
         if not processes.is_first:
             builder.follow()
             raise SystemExit
@@ -127,7 +127,7 @@ def open_search(options: TuneOptions, progress: Progress | None = None) -> Itera
     job = fit_context(open_job(options, options.tier))
     work = options.work or default_work_folder()
     with scratch_folder(work, 0) as scratch:
-        search = Search(job, work, scratch, options.threads, progress)
+        search = Search(job, work, scratch, options.threads, progress=progress)
         search.plan()
         yield search
 

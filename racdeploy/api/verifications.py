@@ -143,7 +143,7 @@ def open_comparison(options: CompareOptions, progress: Progress | None = None) -
         settings = _choose_settings(options, [reference, *candidates])
         settings = _apply_tier(settings, options, gate)
         problems = _draw_problems(options.tasks, settings)
-        examiner = _open_examiner(options, problems, settings, gate, progress)
+        examiner = _open_examiner(options, problems, settings, gate, progress=progress)
         return ModelComparison(reference, tuple(candidates), options.tasks, examiner)
 
     recorded = Reference.read(folder)
@@ -152,7 +152,7 @@ def open_comparison(options: CompareOptions, progress: Progress | None = None) -
     check_same_settings(recorded, asked, folder)
     candidates = name_distinctly(_find_models(options.candidates), options.candidates)
     settings = _apply_tier(recorded.settings, options, gate)
-    examiner = _open_examiner(options, recorded.problems, settings, gate, progress)
+    examiner = _open_examiner(options, recorded.problems, settings, gate, progress=progress)
     return ModelComparison(recorded, tuple(candidates), recorded.tasks, examiner)
 
 
@@ -174,7 +174,8 @@ def open_recording(
     (model,) = _find_models([str(options.model)])
     settings = _choose_settings(options, [model])
     problems = _draw_problems(options.tasks, settings)
-    return _open_examiner(options, problems, settings, read_gate(), progress), model
+    examiner = _open_examiner(options, problems, settings, read_gate(), progress=progress)
+    return examiner, model
 
 
 def _find_models(sources: Sequence[str]) -> list[DeployedModel]:

@@ -164,7 +164,15 @@ def bench(
 
     vocabulary = model.encoder.tokenizer.get_vocab_size()
     settings = EngineSettings(context_tokens, load.parallel, load.threads)
-    result = measure_pair(entry.backend, dense, model.path, load, settings, vocabulary, progress)
+    result = measure_pair(
+        entry.backend,
+        dense,
+        model.path,
+        load,
+        settings=settings,
+        vocabulary=vocabulary,
+        progress=progress,
+    )
     refuse_changed(bundle, listed, states)
     # The engine reads other bytes than those of a packed file, whose size explains no speed.
     size_bytes = entry.size_bytes if entry.packing == "plain" else 0
@@ -197,7 +205,9 @@ def measure_pair(
     for number in range(loads // 2):
         for index, (name, file, side_settings) in enumerate(sides):
             progress("bench", 2 * number + index, loads)
-            figures, kernels[name] = _measure(backend, file, side_settings, ids, load.new_tokens)
+            figures, kernels[name] = _measure(
+                backend, file, side_settings, ids, new_tokens=load.new_tokens
+            )
             rounds[name].append(figures)
 
         sides.reverse()
@@ -209,11 +219,11 @@ def measure_pair(
         load,
         dense,
         pruned,
-        tuple(rounds["dense"][1:]),
-        tuple(rounds["pruned"][1:]),
-        kernels["pruned"],
-        exporting.count_weight_bytes(dense),
-        exporting.count_weight_bytes(pruned),
+        dense_rounds=tuple(rounds["dense"][1:]),
+        pruned_rounds=tuple(rounds["pruned"][1:]),
+        kernels=kernels["pruned"],
+        dense_bytes=exporting.count_weight_bytes(dense),
+        pruned_bytes=exporting.count_weight_bytes(pruned),
     )
 
 

@@ -182,10 +182,10 @@ class BundleVerification:
             # No engine statistics: times of another run or machine cannot be compared.
             arm = ArmResult(
                 "dense",
-                self._recorded(),
-                recorded.size_bytes,
-                recorded.quant or "",
-                recorded.sparsity,
+                records=self._recorded(),
+                size_bytes=recorded.size_bytes,
+                quant=recorded.quant or "",
+                sparsity=recorded.sparsity,
                 files=recorded.files,
                 kernels=recorded.kernels or "",
             )
@@ -294,11 +294,7 @@ def _measure_artifact(contents: Baseline, entry: ArtifactEntry) -> _Measured:
     for tensor in tensors:
         name = tensor.name
         if tensor.zeros is None:
-            raise ArtifactError(
-                "unreadable-tensor-type",
-                f"{path}: racdeploy cannot read type {tensor.type} of {name}",
-                remedy="build the bundle again with a quant of: racdeploy plugins",
-            )
+            raise _refuse_unreadable(path, tensor)
 
         count = math.prod(tensor.shape)
         if form.is_linear(family, name):
@@ -322,4 +318,18 @@ def _measure_artifact(contents: Baseline, entry: ArtifactEntry) -> _Measured:
 
     sparsity = zeros / weights if weights else 0.0
     stop_ids = read_stop_ids(form.TOKENIZER_PREFIX, metadata, contents.manifest.tokenizer.eos_ids)
-    return _Measured(metadata, stop_ids, tuple(rows), frozenset(prunable), sparsity)
+    return _Measured(
+        metadata,
+        stop_ids,
+        tensors=tuple(rows),
+        prunable=frozenset(prunable),
+        sparsity=sparsity,
+    )
+
+
+def _refuse_unreadable(path: Path, tensor: exporting.MeasuredTensor) -> ArtifactError:
+    return ArtifactError(
+        "unreadable-tensor-type",
+        f"{path}: racdeploy cannot read type {tensor.type} of {tensor.name}",
+        remedy="build the bundle again with a quant of: racdeploy plugins",
+    )

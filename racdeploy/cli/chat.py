@@ -70,7 +70,13 @@ def chat(
     with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
         conversation = Conversation(model, system)
-        talk = Chat(conversation, max_thinking_tokens, temperature, seed, show_thinking)
+        talk = Chat(
+            conversation,
+            max_thinking_tokens=max_thinking_tokens,
+            temperature=temperature,
+            seed=seed,
+            show_thinking=show_thinking,
+        )
 
         if sys.stdin.isatty() and sys.stdout.isatty():
             _talk_in_terminal(talk, model)

@@ -31,10 +31,9 @@ def examine() -> list[Finding]:
     model = resolve_model(EMBEDDED).folder / "model.safetensors"
     free = free_bytes()
     memory = "the system does not say" if free is None else f"{free / 2**30:.1f} GiB free"
-    kernels = [
-        _finding(engine, detail, "ok" if is_used else "unused")
-        for engine, is_used, detail in sparse_kernels.list_kernels()
-    ]
+    kernels = []
+    for engine, is_used, detail in sparse_kernels.list_kernels():
+        kernels.append(_finding(engine, detail, "ok" if is_used else "unused"))
 
     return [
         _finding("python", sys.version.split()[0]),

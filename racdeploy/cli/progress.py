@@ -102,7 +102,8 @@ class StageProgresses:
         is_new = track is None or done < track.done
 
         if track is None or is_new:
-            track = self._open[label] = StageProgress(label, now_s, done, done, total)
+            track = StageProgress(label, now_s, first=done, done=done, total=total)
+            self._open[label] = track
 
         track.update(done, total, tokens, now_s)
         return track, is_new

@@ -6,12 +6,14 @@ import math
 import shutil
 import timeit
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import compress
 from statistics import fmean
 
 import numpy as np
 
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
 from racdeploy.processes.cores import available_cores
 from racdeploy.results.plan import Plan
@@ -39,55 +41,96 @@ def estimate_seconds(
     if shutil.which("nvidia-smi"):
         return {}
 
-    recipe, checkpoint = job.recipe, job.checkpoint
-    cores = min(threads or available_cores(), available_cores())
-    speed = _REACHED_SHARE * _measure_flops_per_s() * cores / available_cores()
-    weights_s = 2 * count_active_weights(checkpoint) / speed
+    recipe = job.recipe
+    pace = _Pace.measure(job.checkpoint, threads)
 
     lengths = [len(trace.completion_ids) for trace in traces]
     mean_length = fmean(lengths or [_EXPECTED_SHARE * recipe.traces.max_new_tokens])
 
-    # Two products of a query with the half of the sequence that is before it.
-    shape = checkpoint.shape
-    heads = sum(compress(shape.widths["num_attention_heads"], shape.attends))
-    attention_s = 2 * heads * shape.head_dim / speed
-    token_s = weights_s + attention_s * mean_length
-
-    def answer_s(prompts: int, length: float, together: int, read_bytes: float) -> float:
-        # A step is bound by arithmetic, or by reading all weights from memory once.
-        step_s = max(together * (weights_s + attention_s * length), read_bytes / _READ_BYTES_PER_S)
-        steps = math.ceil(prompts / together) * length
-        return steps * (step_s + _BLOCK_OVERHEAD_S * shape.block_count)
+    def sampling_s(prompts: int) -> float:
+        # Under torch, which reads the weights in float32.
+        together = 1 if job.checkpoint.family.has_state else recipe.traces.batch_size
+        float32_bytes = 4 * count_active_weights(job.checkpoint)
+        return pace.answers_s(prompts, mean_length, together, read_bytes=float32_bytes)
 
     seconds = {}
-    batch = 1 if checkpoint.family.has_state else recipe.traces.batch_size
-    sampling = mean_length, batch, 2 * weights_s * speed  # read in float32
     if not (traces or recipe.traces.server):
-        seconds["trace"] = answer_s(len(job.problems("calibration")), *sampling)
+        seconds["trace"] = sampling_s(len(job.problems("calibration")))
 
     # Of all answers to a prompt at most two are learned, twice.
     answers = plan.recovery.shorten_answers_at_most if plan.recovery else 0
     learned = recipe.recover.tokens + 4 * answers / recipe.recover.samples * mean_length
-    seconds["recover"] = token_s * _PASSES * learned + answer_s(answers, *sampling)
+    token_s = pace.token_s(mean_length)
+    seconds["recover"] = token_s * _PASSES * learned + sampling_s(answers)
 
-    # Artifacts of different codes are different models; pruning does not reach the head.
     tokens = 0.0
     if plan.pruning:
         expected_share = _EXPECTED_SHARE if plan.pruning.is_bound else 1
         tokens = expected_share * plan.pruning.prune_tokens
+    # Artifacts of different codes are different models.
     models = {str(each.rounding_quants) for each in (job, *job.siblings)}
-    head_s = 2 * shape.vocab_size * shape.hidden_size / speed
-    sweeps_s = (weights_s - head_s) * _SOLVE_SWEEPS * shape.hidden_size
-    seconds["prune"] = len(models) * ((token_s - head_s) * _PASSES * tokens + sweeps_s)
+    seconds["prune"] = len(models) * pace.prune_s(tokens, mean_length)
 
     if plan.artifact:
-        prompts = len(job.problems("evaluation")) * recipe.verify.samples
-        length = min(mean_length, recipe.verify.max_new_tokens)
-        seconds["verify"] = plan.artifact.evaluation_models * answer_s(
-            prompts, length, recipe.verify.parallel, plan.artifact.artifact_bytes
+        answers_s = pace.answers_s(
+            len(job.problems("evaluation")) * recipe.verify.samples,
+            min(mean_length, recipe.verify.max_new_tokens),
+            recipe.verify.parallel,
+            read_bytes=plan.artifact.artifact_bytes,
         )
+        seconds["verify"] = plan.artifact.evaluation_models * answers_s
 
     return seconds
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Pace of a model on this machine.
+
+    Args:
+        flops_per_s: products of numbers, that torch and llama.cpp reach.
+        weights_s: of all active weights with one token.
+        attention_s: of one token with each token before it.
+    """
+
+    shape: ModelShape
+    flops_per_s: float
+    weights_s: float
+    attention_s: float
+
+    @classmethod
+    def measure(cls, checkpoint: Checkpoint, threads: int) -> _Pace:
+        """Measure the machine; 0 ``threads`` are all cores."""
+        cores = min(threads or available_cores(), available_cores())
+        speed = _REACHED_SHARE * _measure_flops_per_s() * cores / available_cores()
+
+        # Two products of a query with the half of the sequence that is before it.
+        shape = checkpoint.shape
+        heads = sum(compress(shape.widths["num_attention_heads"], shape.attends))
+        return cls(
+            shape,
+            speed,
+            weights_s=2 * count_active_weights(checkpoint) / speed,
+            attention_s=2 * heads * shape.head_dim / speed,
+        )
+
+    def token_s(self, length: float) -> float:
+        """Return the seconds of one token of a sequence."""
+        return self.weights_s + self.attention_s * length
+
+    def answers_s(self, prompts: int, length: float, together: int, *, read_bytes: float) -> float:
+        """Return the seconds of answers; ``read_bytes``: of weights, in each step."""
+        # A step is bound by arithmetic, or by reading all weights from memory once.
+        step_s = max(together * self.token_s(length), read_bytes / _READ_BYTES_PER_S)
+        steps = math.ceil(prompts / together) * length
+        return steps * (step_s + _BLOCK_OVERHEAD_S * self.shape.block_count)
+
+    def prune_s(self, tokens: float, length: float) -> float:
+        """Return the seconds of a pruning on tokens of sequences; it does not reach the head."""
+        head_s = 2 * self.shape.vocab_size * self.shape.hidden_size / self.flops_per_s
+        passes_s = (self.token_s(length) - head_s) * _PASSES * tokens
+        sweeps_s = (self.weights_s - head_s) * _SOLVE_SWEEPS * self.shape.hidden_size
+        return passes_s + sweeps_s
 
 
 def count_active_weights(checkpoint: Checkpoint) -> int:

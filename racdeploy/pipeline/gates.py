@@ -64,11 +64,13 @@ def check_artifact(
         expected_TV = torch_engine.logits(ids)
         references = f32_file.compute_references(torch_engine, checkpoint, ids, expected_TV)
 
-    f32_note = f32_file.check(job, checkpoint, exact, ids, references)
+    f32_note = f32_file.check(job, checkpoint, exact, ids, references=references)
     try:
         divergence = check_logits(checkpoint, artifact, expected_TV, artifact_TV)
     except GateError as error:
-        _check_plain_kernels(job, checkpoint, artifact, exact, ids, expected_TV, error)
+        _check_plain_kernels(
+            job, checkpoint, artifact, exact, ids=ids, expected_TV=expected_TV, error=error
+        )
         raise
 
     note = f"before the evaluation, {job.backend}: {strings}{divergence}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -254,26 +254,12 @@ class Job:
             linear = weight.removesuffix(".weight")
             names = sorted({*self.quants_of(weight)})
             if len(names) > 1:
-                error = UsageError(
-                    "codes-need-one-quant",
-                    f"optimized rounding needs one number format for {linear}, and its parts have "
-                    f"{', '.join(names)}",
-                    remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
-                )
-                errors.append(error)
+                errors.append(_refuse_several_quants(linear, names))
             elif quant.has_grid(names[0]):
                 chosen[linear] = names[0]
             elif rounding:
-                usable = filter(
-                    quant.has_grid, packing.list_supported(self.recipe.export.format, "quant")
-                )
-                error = UsageError(
-                    "no-optimized-rounding",
-                    f"{linear} is stored as {names[0]}, which has no codes to choose",
-                    remedy=f"use one of {', '.join(usable)} if its blocks divide the rows, name the"
-                    " linear in prune.ignore, or export.rounding = 'nearest'",
-                )
-                errors.append(error)
+                supported = packing.list_supported(self.recipe.export.format, "quant")
+                errors.append(_refuse_without_codes(linear, names[0], supported))
 
         formats = sorted({*chosen.values()})
         if len(formats) > 1 and "L" in self.structure.sizes:
@@ -290,6 +276,25 @@ class Job:
             raise errors[0]
         notes = [f"rounded to nearest instead: {error.message}" for error in errors[:1]]
         return chosen, tuple(notes)
+
+
+def _refuse_several_quants(linear: str, names: Sequence[str]) -> UsageError:
+    return UsageError(
+        "codes-need-one-quant",
+        f"optimized rounding needs one number format for {linear}, and its parts have "
+        f"{', '.join(names)}",
+        remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
+    )
+
+
+def _refuse_without_codes(linear: str, name: str, supported: Iterable[str]) -> UsageError:
+    usable = [other for other in supported if quant.has_grid(other)]
+    return UsageError(
+        "no-optimized-rounding",
+        f"{linear} is stored as {name}, which has no codes to choose",
+        remedy=f"use one of {', '.join(usable)} if its blocks divide the rows, name the"
+        " linear in prune.ignore, or export.rounding = 'nearest'",
+    )
 
 
 def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.QuantRules) -> Names:

@@ -152,8 +152,13 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> ExpectedStr
         if name in checkpoint.entries:  # the multi-token-prediction head is not cut
             sizes[name] = math.prod((rows, *others))
 
-    heads = shape.widths["num_key_value_heads"][0]
-    kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)
+    kept = _make_kept(
+        checkpoint,
+        parameters=sum(sizes.values()),
+        blocks=len(shape.blocks),
+        key_value_heads=shape.widths["num_key_value_heads"][0],
+        tokens=tokens,
+    )
     return ExpectedStructure(kept, list_structure_rows(dense, shape), sizes)
 
 
@@ -172,12 +177,17 @@ def plan_cut(job: Job) -> StructurePlan:
 def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> KeptStructure | None:
     """Return the sizes that a pruned model kept; None if it has all its parameters."""
     shape = pruned.shape
-    heads = shape.num_key_value_heads
-    return _make_kept(dense, pruned.parameters, shape.block_count, heads, shape.vocab_size)
+    return _make_kept(
+        dense,
+        parameters=pruned.parameters,
+        blocks=shape.block_count,
+        key_value_heads=shape.num_key_value_heads,
+        tokens=shape.vocab_size,
+    )
 
 
 def _make_kept(
-    dense: Checkpoint, parameters: int, blocks: int, key_value_heads: int, tokens: int
+    dense: Checkpoint, *, parameters: int, blocks: int, key_value_heads: int, tokens: int
 ) -> KeptStructure | None:
     if parameters == dense.parameters:
         return None

@@ -128,19 +128,21 @@ def _tables(report: Report, pairs: Sequence[AnswerPair]) -> dict[str, ReportTabl
 
 def _draw_models(report: Report) -> Markup:
     """Draw accuracy over thinking, if there are more models than the two that are compared."""
-    points = [
-        charts.ModelPoint(
-            arm.name,
-            arm.thinking_tokens_mean,
-            arm.accuracy,
-            arm.accuracy_lower,
-            arm.accuracy_upper,
-            arm.name.startswith("dense"),
+    points = []
+    for arm in report.arms:
+        if not arm.thinking_tokens_mean:
+            continue
+        point = charts.ModelPoint(
+            name=arm.name,
+            x=arm.thinking_tokens_mean,
+            accuracy=arm.accuracy,
+            lower=arm.accuracy_lower,
+            upper=arm.accuracy_upper,
+            is_dense=arm.name.startswith("dense"),
             wins=arm.name == "pruned",
         )
-        for arm in report.arms
-        if arm.thinking_tokens_mean
-    ]
+        points.append(point)
+
     return charts.draw_models(
         points if len(points) > len(BUILT_ROLES) else [], "mean thinking tokens", format_number
     )

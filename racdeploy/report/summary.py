@@ -96,9 +96,8 @@ def describe_accuracy(comparison: Comparison) -> str:
     if not round(comparison.drop, 3):
         template = _SAME
     interval = format_with_units(_INTERVAL, comparison)
-    return format_with_units(
-        f"{template}.", comparison, abs(comparison.drop), more_or_fewer, f"{interval}, {basis}"
-    )
+    values = (comparison, abs(comparison.drop), more_or_fewer, f"{interval}, {basis}")
+    return format_with_units(f"{template}.", *values)
 
 
 def describe_thinking(comparison: Comparison) -> str:

@@ -26,26 +26,28 @@ _TITLES = {"front": "Accuracy", "candidates": "Candidates", "again": "Reproduce"
 
 def draw_accuracy(tuning: Tuning) -> Markup:
     """Draw the accuracy of all candidates that answered over their sizes; empty if none did."""
-    points = [
-        ModelPoint(
-            each.name,
-            each.size_bytes,
-            each.accuracy.value,
-            each.accuracy.lower,
-            each.accuracy.upper,
-            each.dense,
-            each.name in (tuning.winner, tuning.rival),
-            each.name == tuning.winner,
+    points = []
+    for candidate in tuning.candidates:
+        if not candidate.accuracy:
+            continue
+        point = ModelPoint(
+            name=candidate.name,
+            x=candidate.size_bytes,
+            accuracy=candidate.accuracy.value,
+            lower=candidate.accuracy.lower,
+            upper=candidate.accuracy.upper,
+            is_dense=candidate.dense,
+            is_named=candidate.name in (tuning.winner, tuning.rival),
+            wins=candidate.name == tuning.winner,
         )
-        for each in tuning.candidates
-        if each.accuracy
-    ]
+        points.append(point)
+
     return draw_models(
         points,
         "size of the file",
         format_bytes,
-        find_min_accuracy(tuning),
-        tuning.constraints.max_bytes,
+        least=find_min_accuracy(tuning),
+        most=tuning.constraints.max_bytes,
     )
 
 

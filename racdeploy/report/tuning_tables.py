@@ -65,7 +65,8 @@ def make_tuning_table(
         right = f"{each.correct:,} of {each.prompts:,}" if each.prompts else ""
         accuracy = format_estimate(each.accuracy, "{:.1%}".format)
         cost = format_estimate(each.seconds_per_correct, format_figure)
-        cells = fill_cells(_CELLS, each, kl, right, accuracy, cost)
+        texts = (kl, right, accuracy, cost)
+        cells = fill_cells(_CELLS, each, *texts)
         rows.append((f"{each.name}{kind}{role}", *cells))
 
     # A column without any figure, as memory on an unknown device, is left out.

@@ -146,21 +146,7 @@ class _Reader:
         keys = self._number("Q")
         self._spend((tensors + keys) * _ENTRY_BYTES)
 
-        values: dict[str, MetadataValue] = {}
-        starts = {}
-        for _ in range(keys):
-            start = self.position
-            key = self._text()
-            if key in values or not key:
-                raise ArtifactError(
-                    "damaged-gguf", f"the key {key[:80]!r} is there twice, or empty"
-                )
-
-            starts[key] = start
-            values[key] = self._value(self._number("I"))
-
-        starts[""] = self.position
-
+        values, starts = self._metadata(keys)
         alignment = values.get("general.alignment", 32)
         if (
             type(alignment) is not int
@@ -180,6 +166,24 @@ class _Reader:
             data_start=data_start,
             size_bytes=self.size_bytes,
         )
+
+    def _metadata(self, count: int) -> tuple[dict[str, MetadataValue], dict[str, int]]:
+        """Return the values by key, and the position of each key; that of "" is the end."""
+        values: dict[str, MetadataValue] = {}
+        starts = {}
+        for _ in range(count):
+            start = self.position
+            key = self._text()
+            if key in values or not key:
+                raise ArtifactError(
+                    "damaged-gguf", f"the key {key[:80]!r} is there twice, or empty"
+                )
+
+            starts[key] = start
+            values[key] = self._value(self._number("I"))
+
+        starts[""] = self.position
+        return values, starts
 
     def _infos(self, count: int) -> _Infos:
         infos = {}

@@ -51,6 +51,14 @@ _NEGLIGIBLE_KL = 1e-4  # nats: below it, accuracy does not suffer
 
 
 @dataclass
+class _RacePace:
+    """Time that new answers took in a race."""
+
+    seconds: float = 0.0
+    answers: int = 0
+
+
+@dataclass
 class Search:
     """A search for the best model of a job's target.
 
@@ -245,27 +253,14 @@ class Search:
         raced = self._choose_contestants()
         reference = self.reference
         by_name = {entry.name: entry for entry in (*raced, reference)}
-        seconds = 0.0
-        answers = 0
+        pace = _RacePace()
 
         def ask(name: str, count: int) -> Scores:
-            nonlocal seconds, answers
-            entry = by_name[name]
-            known = len(entry.scores) if entry.scores else 0
-            began = self.budget.elapsed_s
-
-            entry.scores = self._answer(entry, self.prompts[:count])
-            entry.reached = "raced"
-            seconds += self.budget.elapsed_s - began
-            answers += count - known
-
-            self.report("race", count, len(self.prompts))
-            self._tell(entry)
-            return entry.scores
+            return self._ask_contestant(by_name[name], count, pace)
 
         def has_time(more: int) -> bool:
             # What an answer took in the race also corrects the expectation for the verification.
-            each_s = seconds / answers
+            each_s = pace.seconds / pace.answers
             self.budget.update_pace("verify", each_s * 3 * len(self.job.problems("evaluation")))
             return each_s * more <= self.budget.remaining_s("race")
 
@@ -294,6 +289,20 @@ class Search:
 
         _refuse_unanswered(raced)
         return [by_name[name] for name in order]
+
+    def _ask_contestant(self, entry: Entry, count: int, pace: _RacePace) -> Scores:
+        """Let a contestant answer the first prompts; those that it knows cost nothing."""
+        answered_before = len(entry.scores) if entry.scores else 0
+        began = self.budget.elapsed_s
+
+        entry.scores = self._answer(entry, self.prompts[:count])
+        entry.reached = "raced"
+        pace.seconds += self.budget.elapsed_s - began
+        pace.answers += count - answered_before
+
+        self.report("race", count, len(self.prompts))
+        self._tell(entry)
+        return entry.scores
 
     def _choose_contestants(self) -> list[Entry]:
         """Return the contestants: those of lowest KL, at least a dense and a pruned one."""

@@ -89,11 +89,7 @@ class AnswerSampler:
             arm: name in the records.
             log: earlier completions; new ones are appended.
         """
-        prompts = []
-        for problem in problems:
-            ids = tuple(self.encoder.encode(problem.question))
-            prompts += [ids] * self.settings.samples
-
+        prompts = self._list_prompts(problems)
         missing = [index for index, ids in enumerate(prompts) if not log.has(ids, index)]
 
         stats: Mapping[str, float] = {}
@@ -104,7 +100,9 @@ class AnswerSampler:
             )
             completion_progress.set_saved(len(prompts) - len(missing))
             with opener() as engine:
-                self._generate(engine, prompts, missing, log, completion_progress)
+                self._generate(
+                    engine, prompts, missing, log=log, completion_progress=completion_progress
+                )
                 stats = dict(engine.stats)
                 kernels = str(engine.info.get("kernels", ""))
 
@@ -116,7 +114,8 @@ class AnswerSampler:
             completion = log.get(prompt, index)
             assert completion is not None, "the engine answered, or an earlier run did"
             problem = problems[index // self.settings.samples]
-            records.append(self._make_record(arm, problem, index, prompt, completion))
+            record = self._make_record(arm, problem, index, prompt=prompt, completion=completion)
+            records.append(record)
             last_ids += completion.ids[-1:]
             if len(traces) < self.settings.logit_traces:
                 traces.append((prompt, completion.ids))
@@ -126,14 +125,28 @@ class AnswerSampler:
             stats = {}  # a speed over two runs means nothing
 
         return SampledAnswers(
-            tuple(records), tuple(traces), tuple(last_ids), stats, reused, kernels
+            records=tuple(records),
+            traces=tuple(traces),
+            last_ids=tuple(last_ids),
+            stats=stats,
+            reused=reused,
+            kernels=kernels,
         )
+
+    def _list_prompts(self, problems: Sequence[Problem]) -> list[Ids]:
+        """Return the prompt of each answer: every problem's as often as it is sampled."""
+        prompts = []
+        for problem in problems:
+            ids = tuple(self.encoder.encode(problem.question))
+            prompts += [ids] * self.settings.samples
+        return prompts
 
     def _generate(
         self,
         engine: Engine,
         prompts: Sequence[Ids],
         missing: Sequence[int],
+        *,
         log: CompletionLog,
         completion_progress: CompletionProgress,
     ) -> None:
@@ -152,8 +165,13 @@ class AnswerSampler:
         """Return the engine's sampling settings; the first prompt decides the thinking budget."""
         settings = self.settings
         first = prompts[0] if prompts else ()
-        max_tokens = settings.max_thinking_tokens or None
-        budget = make_budget(self.encoder, self.tags, first, max_tokens, self.control)
+        budget = make_budget(
+            self.encoder,
+            self.tags,
+            first,
+            max_tokens=settings.max_thinking_tokens or None,
+            control=self.control,
+        )
 
         return Sampling(
             max_new_tokens=settings.max_new_tokens,
@@ -164,7 +182,13 @@ class AnswerSampler:
         )
 
     def _make_record(
-        self, arm: str, problem: Problem, index: int, prompt: Sequence[int], completion: Completion
+        self,
+        arm: str,
+        problem: Problem,
+        index: int,
+        *,
+        prompt: Sequence[int],
+        completion: Completion,
     ) -> AnswerRecord:
         """Split, score and describe one completion; ``index`` counts prompts and samples."""
         prompt_index, sample = divmod(index, self.settings.samples)

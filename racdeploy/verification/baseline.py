@@ -56,7 +56,7 @@ class Baseline:
             )
 
         recipe = validate(Recipe, manifest.recipe, f"{folder}/racdeploy.json")
-        return cls(folder, manifest, recipe, report, dense, pruned)
+        return cls(folder, manifest, recipe, report, dense=dense, pruned=pruned)
 
     @property
     def problems(self) -> list[Problem]:

@@ -130,10 +130,16 @@ class ModelComparison:
         encoder, tokenizer = model.encoder, model.settings.tokenizer
         # Both templates, beginning-of-sequence included.
         asked = {record.question: record.prompt_ids for record in reference.arm.records}
-        prompts = [
-            PromptProbe(question, ids, tuple(encoder.encode(question)), None, ())
-            for question, ids in islice(asked.items(), MAX_PROMPTS)
-        ]
+        prompts = []
+        for question, ids in islice(asked.items(), MAX_PROMPTS):
+            probe = PromptProbe(
+                question=question,
+                expected=ids,
+                rendered=tuple(encoder.encode(question)),
+                artifact=None,
+                bos_ids=(),
+            )
+            prompts.append(probe)
         findings = Findings(
             probes=probe_tokens(encoder.encode_text, reference.probes),
             prompts=tuple(prompts),

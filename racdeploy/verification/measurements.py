@@ -60,16 +60,17 @@ def probe_prompts(
     inside = encoder.with_template(source) if isinstance(source, str) else None
     lead = tuple(encoder.encode_text(encoder.lead))
 
-    return tuple(
-        PromptProbe(
-            question,
-            tuple(ids),
-            tuple(encoder.encode(question)),
-            None if inside is None else tuple(inside.encode(question)),
-            lead,
+    probes = []
+    for question, ids in itertools.islice(expected.items(), MAX_PROMPTS):
+        probe = PromptProbe(
+            question=question,
+            expected=tuple(ids),
+            rendered=tuple(encoder.encode(question)),
+            artifact=None if inside is None else tuple(inside.encode(question)),
+            bos_ids=lead,
         )
-        for question, ids in itertools.islice(expected.items(), MAX_PROMPTS)
-    )
+        probes.append(probe)
+    return tuple(probes)
 
 
 def read_stop_ids(

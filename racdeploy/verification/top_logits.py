@@ -67,37 +67,48 @@ def take_top(logits_TV: Logits, old_ids: OldIds | None = None) -> TopLogits:
         old_ids: ids of the tokens that another model has; the others are left out, and their
             probability is returned. Ids are then those of the other model.
     """
-    parts = []
+    ids, log_probabilities, lost = [], [], []
     for start in range(0, len(logits_TV), _ROWS):
-        rows_TV, lost_T = logits_TV[start : start + _ROWS], np.zeros(0)
+        rows_TV = logits_TV[start : start + _ROWS]
+        lost_T = np.zeros(0)
         if old_ids is not None:
             kept_T = np.exp(_log_softmax(rows_TV)[:, old_ids]).sum(1)
-            lost_T, rows_TV = np.maximum(0, 1 - kept_T), rows_TV[:, old_ids]
+            lost_T = np.maximum(0, 1 - kept_T)
+            rows_TV = rows_TV[:, old_ids]
 
         log_p_TV = _log_softmax(rows_TV)
         K = min(TOP_K, log_p_TV.shape[1])
         id_TK = np.argpartition(log_p_TV, -K, axis=1)[:, -K:]
-        parts.append((id_TK, np.take_along_axis(log_p_TV, id_TK, 1), lost_T))
+        ids.append(id_TK)
+        log_probabilities.append(np.take_along_axis(log_p_TV, id_TK, 1))
+        lost.append(lost_T)
 
-    return TopLogits(*map(np.concatenate, zip(*parts, strict=True)))
+    return TopLogits(np.concatenate(ids), np.concatenate(log_probabilities), np.concatenate(lost))
 
 
 def compare_top(top: TopLogits, logits_TV: Logits) -> LogitDifferences:
     """Compare another model's logits with recorded ones; NaN in them is NaN in KL."""
-    parts = []
+    divergences, same_choices, changed_choices = [], [], []
     for start in range(0, len(logits_TV), _ROWS):
         rows = slice(start, start + _ROWS)
-        id_TK, log_p_TK = top.id_TK[rows], top.log_p_TK[rows]
+        id_TK = top.id_TK[rows]
+        log_p_TK = top.log_p_TK[rows]
         log_q_TV = _log_softmax(logits_TV[rows])
-        kl_T = _measure_kl(log_p_TK, np.take_along_axis(log_q_TV, id_TK, 1))
+        log_q_TK = np.take_along_axis(log_q_TV, id_TK, 1)
+        divergences.append(_measure_kl(log_p_TK, log_q_TK))
 
         # The other model's first choice, if it is among the recorded tokens.
         is_choice_TK = id_TK == log_q_TV.argmax(1)[:, None]
         chosen_T = np.where(is_choice_TK, log_p_TK, -np.inf).max(1)
         margin_T = log_p_TK.max(1) - chosen_T
-        parts.append((kl_T, margin_T == 0, margin_T > math.log(2)))
+        same_choices.append(margin_T == 0)
+        changed_choices.append(margin_T > math.log(2))
 
-    return LogitDifferences(*map(np.concatenate, zip(*parts, strict=True)))
+    return LogitDifferences(
+        np.concatenate(divergences),
+        np.concatenate(same_choices),
+        np.concatenate(changed_choices),
+    )
 
 
 def record_top_logits(

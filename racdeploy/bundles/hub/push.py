@@ -156,37 +156,56 @@ def plan_push(folder: Path, name: str, revision: str, *, ignore_unreachable: boo
 
     former = other_bundles.pop(bundle_name, None)
     former_paths = list_public_paths(former) if former else set()
-    owners = {
-        path: name for name, other in other_bundles.items() for path in list_public_paths(other)
-    }
+    owners = _find_owners(other_bundles)
+    own_paths = former_paths - owners.keys()
     for path in files.keys() & remote_files.keys():
-        is_replaceable = (
-            path.startswith(f"{BUNDLES_FOLDER}/") or path in former_paths - owners.keys()
-        )
+        is_replaceable = path in own_paths or path.startswith(f"{BUNDLES_FOLDER}/")
         if not is_replaceable and not _is_same(files[path], remote_files[path]):
-            whose = f"bundle {owners[path]}" if path in owners else "somebody else"
-            raise UsageError(
-                "hub-path-taken",
-                f"{name} has another {path}, which belongs to {whose}",
-                remedy="push to another repository, or remove the file there first",
-            )
+            raise _refuse_taken(name, path, owners.get(path))
 
     # Delete files of the previous push, except those that another bundle shares.
-    old = former_paths | {
-        path for path in remote_files if path.startswith(f"{BUNDLES_FOLDER}/{bundle_name}/")
-    }
+    own_folder = f"{BUNDLES_FOLDER}/{bundle_name}/"
+    old = former_paths | {path for path in remote_files if path.startswith(own_folder)}
     removed = old & remote_files.keys() - owners.keys() - files.keys()
 
     card = write_card(name, {bundle_name: manifest, **other_bundles})
-    if _CARD in remote_files:
-        with remote.open_small_files([_CARD]) as opened:
-            is_own = CARD_MARK in read_bytes(opened / _CARD).decode(errors="replace")
-        if not is_own:
-            notes.append(f"{_CARD} of the repository was not written by racdeploy and is kept")
-            card = ""
+    if _CARD in remote_files and not _is_own_card(remote):
+        notes.append(f"{_CARD} of the repository was not written by racdeploy and is kept")
+        card = ""
     contents: dict[str, Path | bytes] = {_CARD: card.encode()} if card else {}
     contents |= files
-    return PushPlan(remote, bundle_name, contents, tuple(sorted(removed)), card, tuple(notes))
+    return PushPlan(
+        remote,
+        bundle_name,
+        contents,
+        removed=tuple(sorted(removed)),
+        card=card,
+        notes=tuple(notes),
+    )
+
+
+def _find_owners(bundles: Mapping[str, Manifest]) -> dict[str, str]:
+    """Return the name of the bundle that has a path in the repository, by path."""
+    owners: dict[str, str] = {}
+    for name, manifest in bundles.items():
+        owners |= dict.fromkeys(list_public_paths(manifest), name)
+    return owners
+
+
+def _is_own_card(remote: HubRepository) -> bool:
+    """Return True if racdeploy wrote the repository's model card."""
+    with remote.open_small_files([_CARD]) as opened:
+        return CARD_MARK in read_bytes(opened / _CARD).decode(errors="replace")
+
+
+def _refuse_taken(repository: str, path: str, owner: str | None) -> UsageError:
+    """Return the error for a file of other origin; ``owner`` is the bundle that has it, if any."""
+    whose = f"bundle {owner}" if owner else "somebody else"
+    return UsageError(
+        "hub-path-taken",
+        f"{repository} has another {path}, which belongs to {whose}",
+        remedy="push to another repository, or remove the file there first",
+    )
 
 
 def push(planned: PushPlan, *, private: bool = False) -> str:

@@ -45,17 +45,8 @@ def check(evidence: Evidence) -> Outcome:
             return Outcome("inconclusive", "no trace was compared")
         return Outcome("skipped", "no trace was compared in this run")
 
-    # Without a limit in the gate, the file's own number formats say how much rounding may change.
     limits = evidence.gate.limits(Limits)
-    kl_limit = limits.export_kl_nats
-    if kl_limit is None:
-        named = {row.actual_quant for row in evidence.tensors if row.name in evidence.prunable}
-        kl_limit = find_kl_limit(named or {evidence.pruned.quant})
-
-    share_limit = limits.export_changed
-    if share_limit is None:
-        share_limit = find_change_limit(kl_limit)
-
+    kl_limit, share_limit = _find_export_limits(evidence, limits)
     export_kept, export_text = _judge(comparison.export, kl_limit, share_limit)
     figures: dict[str, float | str] = {
         "export_kl_nats": comparison.export.kl,
@@ -89,14 +80,33 @@ def check(evidence: Evidence) -> Outcome:
     return Outcome("fail" if remedy else "pass", summary, figures, remedy)
 
 
+def _find_export_limits(evidence: Evidence, limits: Limits) -> tuple[float, float]:
+    """Return the limits of the KL and of the changed positions by the export.
+
+    Without a limit in the gate, the file's own number formats say how much rounding may change.
+    """
+    kl_limit = limits.export_kl_nats
+    if kl_limit is None:
+        named = {row.actual_quant for row in evidence.tensors if row.name in evidence.prunable}
+        kl_limit = find_kl_limit(named or {evidence.pruned.quant})
+
+    share_limit = limits.export_changed
+    if share_limit is None:
+        share_limit = find_change_limit(kl_limit)
+    return kl_limit, share_limit
+
+
 def find_kl_limit(quants: Iterable[str]) -> float:
     """Return the mean KL in nats that the narrowest of the number formats may cause.
 
     Of a format that racdeploy does not know, nothing is expected.
     """
-    known = plugins.list_names("quant")
-    bits = min(float(quant.load(name).bits) if name in known else 0.0 for name in quants)
-    return next(limit for at_least, limit in KL_LIMITS if bits >= at_least)
+    supported = plugins.list_names("quant")
+    narrowest = math.inf
+    for name in quants:
+        bits = float(quant.load(name).bits) if name in supported else 0.0
+        narrowest = min(narrowest, bits)
+    return next(limit for at_least, limit in KL_LIMITS if narrowest >= at_least)
 
 
 def find_change_limit(kl_limit: float) -> float:

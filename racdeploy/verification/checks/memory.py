@@ -28,8 +28,8 @@ def check(evidence: Evidence) -> Outcome:
         "memory",
         lambda size_bytes: f"{size_bytes / 1e6:,.0f} MB at the peak",
         lambda arm: arm.stats.get("peak_rss_bytes"),
-        evidence.gate.limits(Limits).ratio,
-        le,
-        "racdeploy bench measures it again, alternating; "
+        limit=evidence.gate.limits(Limits).ratio,
+        keeps=le,
+        remedy="racdeploy bench measures it again, alternating; "
         "a smaller quant takes less, zeros alone do not",
     )

@@ -29,8 +29,8 @@ def check(evidence: Evidence) -> Outcome:
         "speed",
         "{:,.0f} tokens/s".format,
         lambda arm: arm.tokens_per_s,
-        evidence.gate.limits(Limits).ratio,
-        ge,
-        "racdeploy bench measures it again, alternating; "
+        limit=evidence.gate.limits(Limits).ratio,
+        keeps=ge,
+        remedy="racdeploy bench measures it again, alternating; "
         "a smaller quant is faster, zeros alone are not",
     )

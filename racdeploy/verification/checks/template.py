@@ -43,14 +43,8 @@ def check(evidence: Evidence) -> Outcome:
     first, *others = wrong or wrong_inside
     ids = first.rendered if wrong else first.artifact or ()
 
-    # Show a few ids from the first different one on: a whole prompt would hide it.
-    same = [expected == actual for expected, actual in zip(first.expected, ids, strict=False)]
-    index = [*same, False].index(False)
-    expected = list(first.expected[index : index + 6]) or "the end"
-    actual = list(ids[index : index + 6]) or "the end"
-
     summary = f"{len(others) + 1} of {len(probes)} prompts differ{where}; the first is "
-    summary += f"{first.question[:60]!r}: at token {index}, {expected} expected, {actual} found"
+    summary += f"{first.question[:60]!r}: {_describe_difference(first.expected, ids)}"
     remedy = evidence.choose(
         "put the model's own chat template back: chat_template in tokenizer_config.json, or export "
         "again",
@@ -64,3 +58,16 @@ def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:
     """Compare with the expected ids, with or without a leading beginning-of-sequence."""
     with_bos = (*probe.bos_ids, *probe.expected)
     return tuple(ids) in (probe.expected, with_bos)
+
+
+def _describe_difference(expected_ids: Sequence[int], actual_ids: Sequence[int]) -> str:
+    """Return a few ids from the first different one on: a whole prompt would hide it."""
+    index = 0
+    for expected_id, actual_id in zip(expected_ids, actual_ids, strict=False):
+        if expected_id != actual_id:
+            break
+        index += 1
+
+    expected = list(expected_ids[index : index + 6]) or "the end"
+    actual = list(actual_ids[index : index + 6]) or "the end"
+    return f"at token {index}, {expected} expected, {actual} found"

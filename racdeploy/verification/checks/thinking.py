@@ -84,16 +84,14 @@ def check(evidence: Evidence) -> Outcome:
         figures[f"{fault}_dense"] = before
         figures[f"{fault}_pruned"] = after
         figures[f"{fault}_limit"] = limit
-
         counts.append(f"{fault} {before} → {after}")
 
     verdict = verdicts.worst(results.values())
-    causes = [name for name, each in results.items() if each == verdict]
+    causes = [name for name, result in results.items() if result == verdict]
     because = "" if verdict == "pass" else f"{', '.join(causes)}: "
-    measured = "thinking" if thinks else "completion"
 
     summary = (
-        f"{because}{measured} length ratio {ratio.ratio:.3f}, "
+        f"{because}{'thinking' if thinks else 'completion'} length ratio {ratio.ratio:.3f}, "
         f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
         f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(dense.records):,}"
     )

@@ -95,8 +95,9 @@ def tango_interval(
     quantile = normal_quantile(confidence)
 
     # Swapping the arms changes the drop's sign, so only the upper bound has to be solved for.
-    lower = -_upper_bound(n01, n10, n, quantile, continuity)
-    return ConfidenceInterval(lower, _upper_bound(n10, n01, n, quantile, continuity))
+    lower = -_upper_bound(n01, n10, n, quantile=quantile, continuity=continuity)
+    upper = _upper_bound(n10, n01, n, quantile=quantile, continuity=continuity)
+    return ConfidenceInterval(lower, upper)
 
 
 def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) -> ConfidenceInterval:
@@ -104,9 +105,11 @@ def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) ->
     lower, upper = tango_interval(n10, n01, n, confidence)
     # The correction keeps false alarms near 5 %; it must not move an end beyond "no drop".
     if lower > 0:
-        lower = max(tango_interval(n10, n01, n, confidence, _CONTINUITY).lower, 0.0)
+        corrected = tango_interval(n10, n01, n, confidence, continuity=_CONTINUITY)
+        lower = max(corrected.lower, 0.0)
     if upper < 0:
-        upper = min(tango_interval(n10, n01, n, confidence, _CONTINUITY).upper, 0.0)
+        corrected = tango_interval(n10, n01, n, confidence, continuity=_CONTINUITY)
+        upper = min(corrected.upper, 0.0)
 
     # If one arm never wins, the other count is binomial: its exact interval is safe as well.
     tail = (1 - confidence) / 2
@@ -151,7 +154,8 @@ def power(
 
     quantile = normal_quantile(confidence)
     tail = (1 - confidence) / 2
-    n10_rate, n01_rate = (discordant_rate + drop) / 2, (discordant_rate - drop) / 2
+    n10_rate = (discordant_rate + drop) / 2
+    n01_rate = (discordant_rate - drop) / 2
     n10_L = distributions.likely_counts(n, n10_rate)
     n10_mass_L = distributions.binomial_pmf(n10_L, n, n10_rate)
     # Where only the dense model wins, the exact binomial test has to pass too; see drop_interval.
@@ -160,11 +164,13 @@ def power(
     total = 0.0
     rows = zip(n10_L.tolist(), n10_mass_L, is_lenient_L, strict=True)
     for n10, mass, is_lenient in rows:
-        rest, rest_rate = n - n10, n01_rate / (1 - n10_rate)
+        rest = n - n10
+        rest_rate = n01_rate / (1 - n10_rate)
         n01_L = distributions.likely_counts(rest, rest_rate)
         passes_L = tango_score(n10, n01_L, n, margin) < -quantile
         passes_L &= (n01_L > 0) | (not is_lenient)
-        total += mass * distributions.binomial_pmf(n01_L, rest, rest_rate)[passes_L].sum()
+        n01_mass_L = distributions.binomial_pmf(n01_L, rest, rest_rate)
+        total += mass * n01_mass_L[passes_L].sum()
 
     return float(min(total, 1.0))
 
@@ -212,7 +218,8 @@ def tango_score(
     larger = (root - b) / (4 * n)
     p01 = np.where(b > 0, -2 * c / divisor, larger)
 
-    variance = n * np.maximum(2 * p01 + drop * (1 - drop), 0.0)
+    variance_each = 2 * p01 + drop * (1 - drop)
+    variance = n * np.maximum(variance_each, 0.0)
 
     difference = n10 - n01 - n * drop
     corrected = np.maximum(np.abs(difference) - continuity, 0.0)
@@ -226,14 +233,14 @@ def tango_score(
     return np.where(varies, difference / deviation, limit_score)
 
 
-def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: float) -> float:
+def _upper_bound(n10: float, n01: float, n: float, *, quantile: float, continuity: float) -> float:
     """Return the largest drop that the score test accepts; the score falls with the drop."""
     observed = (n10 - n01) / n
     if observed == 1.0:
         return 1.0
 
     def is_accepted(drop: float) -> bool:
-        return not float(tango_score(n10, n01, n, drop, continuity)) < -quantile
+        return not float(tango_score(n10, n01, n, drop, continuity=continuity)) < -quantile
 
     return bisect(is_accepted, observed, 1.0)
 
