@@ -20,10 +20,10 @@ from tests.support.page import (
     source_files,
 )
 
-MAX_NODES_A_LINE = 8.51
+MAX_NODES_A_LINE = 8.5
 """The aim is 8.5; this only goes down."""
 MAX_LONG_BODIES = 1
-MAX_DENSE_PLACES = {NESTED: 1, CONDITIONAL: 0, ARGUMENTS: 16}
+MAX_DENSE_PLACES = {NESTED: 0, CONDITIONAL: 0, ARGUMENTS: 5}
 """How often the rules are still broken. The aim is never; these only go down."""
 
 

@@ -117,7 +117,9 @@ class Build:
 
         evaluation = replace(self.evaluation, control=control)
         rivals = [*self.rivals(model, dense, pruned), *extra_rivals]
-        report, records = evaluation.verify(model, dense, pruned, findings, also, rivals)
+        report, records = evaluation.verify(
+            model, dense, pruned, findings, also=also, rivals=rivals
+        )
 
         counts = summarize_traces(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
@@ -170,7 +172,9 @@ class Build:
                 form = Export(quant="q8_0")
                 model = folder or job.model.folder
                 name = f"{job.model.name}-sampled"
-                exported = export_model(self.workspace, model, name, form, {}, None, "export")
+                exported = export_model(
+                    self.workspace, model, name, form, metadata={}, importance=None, label="export"
+                )
                 code = identify_code("racdeploy.engines.backends.llamacpp", ("llama-cpp-python",))
                 opener = partial(open_engine, "llamacpp")
                 stage = replace(stage, exported=ExportedModel(exported.path, opener, code))
@@ -286,8 +290,15 @@ class Build:
             settings = settings.model_copy(update={"packing": "plain"})
 
         metadata = list_metadata(self.job, Checkpoint(folder)) if pruned else {}
-        label = "export" if pruned else "export dense"
-        return export_model(self.workspace, folder, name, settings, metadata, importance, label)
+        return export_model(
+            self.workspace,
+            folder,
+            name,
+            settings,
+            metadata=metadata,
+            importance=importance,
+            label="export" if pruned else "export dense",
+        )
 
     def rivals(
         self, model: PrunedModel, dense: ExportResult, pruned: ExportResult
@@ -309,7 +320,12 @@ class Build:
             sparsity = exporting.measure_sparsity(pruned, model.checkpoint.shape.prunable_weights)
             # The two dense quants nearest to the pruned file, whose size is known only now.
             names += find_same_size_quants(
-                job.recipe.export, job.reference_quant, dense, pruned, shapes, sparsity
+                job.recipe.export,
+                job.reference_quant,
+                dense,
+                pruned,
+                shapes=shapes,
+                sparsity=sparsity,
             )
 
         rivals = []
@@ -411,7 +427,12 @@ class Build:
         if job.shortened and job.shortened.folder:  # a server has the model as it was
             settings = settings.model_copy(update={"server": ""})
         return TraceStage(
-            self.workspace, job.checkpoint, job.encoder, job.tags, job.tasks, settings
+            self.workspace,
+            dense=job.checkpoint,
+            encoder=job.encoder,
+            tags=job.tags,
+            tasks=job.tasks,
+            settings=settings,
         )
 
     @property
@@ -419,15 +440,15 @@ class Build:
         job, recipe = self.job, self.job.recipe
         return PruneStage(
             self.workspace,
-            job.checkpoint,
-            job.encoder,
-            job.tasks,
-            recipe.traces.seed,
-            recipe.calibration,
-            job.structure,
-            recipe.prune,
-            job.rounding_quants,
-            name_model(job.with_recovery(tokens=0)),
+            dense=job.checkpoint,
+            encoder=job.encoder,
+            tasks=job.tasks,
+            trace_seed=recipe.traces.seed,
+            calibration=recipe.calibration,
+            structure=job.structure,
+            settings=recipe.prune,
+            quants=job.rounding_quants,
+            name=name_model(job.with_recovery(tokens=0)),
         )
 
     @property
@@ -435,10 +456,10 @@ class Build:
         job, recipe = self.job, self.job.recipe
         return RecoverStage(
             self.workspace,
-            job.checkpoint,
-            job.encoder,
-            recipe.recover,
-            recipe.calibration,
+            dense=job.checkpoint,
+            encoder=job.encoder,
+            settings=recipe.recover,
+            calibration=recipe.calibration,
         )
 
     @property
@@ -467,7 +488,8 @@ class Build:
         jobs = (self.job, *self.job.siblings)
         for job, model, artifact in zip(jobs, models, exported, strict=True):
             report(len(results))
-            results.append(check_artifact(job, model.checkpoint, artifact, ids, self.threads))
+            result = check_artifact(job, model.checkpoint, artifact, ids, threads=self.threads)
+            results.append(result)
         report(len(results))
 
         return replace(results[0], notes=tuple(note for each in results for note in each.notes))

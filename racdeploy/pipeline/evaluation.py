@@ -217,7 +217,9 @@ class Evaluation:
         job = self.job
         asked = [
             ExportedArm("dense", job.reference_quant, dense, job.model.folder),
-            ExportedArm("pruned", job.recipe.export.quant, pruned, model.folder, self.control),
+            ExportedArm(
+                "pruned", job.recipe.export.quant, pruned, model.folder, control=self.control
+            ),
         ]
         for rival in rivals:
             # What was pruned has the control that ships.
@@ -226,9 +228,9 @@ class Evaluation:
         answered = [self._ask(candidate) for candidate in asked]
 
         if job.recipe.recover.shorten and SAME_SIZE in job.recipe.verify.controls:
-            lengths = [
-                [record.thinking_tokens for record in arm.records] for arm, _ in answered[:2]
-            ]
+            lengths = []
+            for arm, _ in answered[:2]:
+                lengths.append([record.thinking_tokens for record in arm.records])
             words = job.recipe.runtime.thinking.hesitation
             controls = list_dense_controls(job.encoder, words, *lengths)
             for name, control in controls.items():
@@ -257,8 +259,13 @@ class Evaluation:
         """Answer with the artifacts of the other targets."""
         artifacts = []
         for job, exported in zip(self.job.siblings, also, strict=True):
-            name, quant = f"pruned, {job.backend}", job.recipe.export.quant
-            candidate = ExportedArm(name, quant, exported, model.folder, self.control)
+            candidate = ExportedArm(
+                f"pruned, {job.backend}",
+                job.recipe.export.quant,
+                exported,
+                model.folder,
+                control=self.control,
+            )
             arm, answers = replace(self, job=job)._ask(candidate)
             arm = replace(arm, stats=answers.reused_stats or answers.stats)
             artifacts.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
@@ -275,8 +282,8 @@ class Evaluation:
             lambda: open_engine("transformers", self.job.model.folder, exact),
             lambda: open_engine(self.job.backend, pruned.path, exact),
             traces,
-            self.job.find_old_ids(model.folder),
-            self.progress,
+            old_ids=self.job.find_old_ids(model.folder),
+            progress=self.progress,
         )
 
     def _vocabulary_notes(
