@@ -102,14 +102,7 @@ class Build:
 
         artifacts = []
         for build, own in zip(builds, models, strict=True):
-            # Training may have been undone as a whole: then names do not claim it.
-            undone: Json = {} if own.before_recovery else {"tokens": 0}
-            if job.checkpoint.folder == job.model.folder:
-                undone["shorten"] = False
-            named = build.job.with_recovery(**undone)
-            name = name_artifact(named)
-            result = replace(build, job=named).export(own.folder, name)
-            artifacts.append(bundling.Artifact(name, named.recipe.export, result))
+            artifacts.append(build._export_artifact(own))
 
         pruned, *also = exported = [artifact.result for artifact in artifacts]
         findings = self._check_artifacts(models, exported, traces[0].ids)
@@ -124,8 +117,27 @@ class Build:
         counts = summarize_traces(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
         return bundling.BundleContents(
-            artifacts, job, model, counts | origin, report, records, control
+            artifacts,
+            job,
+            model,
+            traces=counts | origin,
+            report=report,
+            records=records,
+            control=control,
         )
+
+    def _export_artifact(self, model: PrunedModel) -> bundling.Artifact:
+        """Export the pruned model, under a name that says what was done to it."""
+        job = self.job
+        # Training may have been undone as a whole: then names do not claim it.
+        undone: Json = {} if model.before_recovery else {"tokens": 0}
+        if job.checkpoint.folder == job.model.folder:
+            undone["shorten"] = False
+
+        named = job.with_recovery(**undone)
+        name = name_artifact(named)
+        result = replace(self, job=named).export(model.folder, name)
+        return bundling.Artifact(name, named.recipe.export, result)
 
     def write(
         self, contents: bundling.BundleContents, out: Path | None = None

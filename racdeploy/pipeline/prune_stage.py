@@ -53,17 +53,19 @@ class PruneStage:
         device = choose_device(self.settings.device).type
         settings = self.settings.model_copy(update={"device": device})
         identity = {"traces_sha256": traces_sha256, "structure": self._cuts.model_dump()}
-        folder, summary = self._run("prune", self.name, identity, settings, traces, self.dense)
+        folder, summary = self._run(
+            "prune", self.name, identity, settings=settings, traces=traces, model=self.dense
+        )
         linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
         notes = (note_held_out(summary["selection"]), note_experts(linears))
 
         return PrunedModel(
             folder,
-            settings.sparsity,
-            linears,
-            tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
-            summary["selection"],
-            tuple(filter(None, notes)),
+            sparsity=settings.sparsity,
+            linears=linears,
+            blocks=tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
+            selection=summary["selection"],
+            notes=tuple(filter(None, notes)),
             structure=tuple(StructureRow.model_validate(row) for row in summary["structure"]),
         )
 
@@ -76,7 +78,9 @@ class PruneStage:
         no_zeros = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
         settings = self.settings.model_copy(update=no_zeros)
         identity = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
-        folder, _ = self._run("codes", name, identity, settings, traces, sparse)
+        folder, _ = self._run(
+            "codes", name, identity, settings=settings, traces=traces, model=sparse
+        )
         return folder
 
     def _run(
@@ -84,6 +88,7 @@ class PruneStage:
         label: str,
         name: str,
         identity: Mapping[str, Any],
+        *,
         settings: Pruning,
         traces: Sequence[Trace],
         model: Checkpoint,

@@ -41,7 +41,12 @@ def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
         )
 
     return PrunedModel(
-        folder, zeros / weights, (), (), {}, source_blocks=_find_sources(dense, sparse)
+        folder,
+        sparsity=zeros / weights,
+        linears=(),
+        blocks=(),
+        selection={},
+        source_blocks=_find_sources(dense, sparse),
     )
 
 

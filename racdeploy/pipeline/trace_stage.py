@@ -183,10 +183,7 @@ class TraceStage:
 
         processes = self.workspace.processes
         settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
-        open_model: _OpenEngine = _open
-        model = checkpoint.folder
-        if self.exported:
-            open_model, model = self.exported.open, self.exported.path
+        open_model, model = self._choose_model(checkpoint)
         arguments = {
             "settings": settings,
             "open": open_model,
@@ -215,6 +212,12 @@ class TraceStage:
 
             if not all_have_model:
                 yield CompletionSource(lambda requests: [answer(each) for each in requests])
+
+    def _choose_model(self, checkpoint: Checkpoint) -> tuple[_OpenEngine, Path]:
+        """Return the file or folder of the model that answers, after what opens it."""
+        if self.exported:
+            return self.exported.open, self.exported.path
+        return _open, checkpoint.folder
 
     def _is_served(self, checkpoint: Checkpoint) -> bool:
         """Return True if the recipe's server answers: it has the dense model."""
