@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support.fork_server import fork_context
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "racdeploy.bundles.pytest_plugin"
@@ -58,30 +61,38 @@ racdeploy.compare = compare
 """
 
 
-def _pytest(folder: Path, wanted: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Ended:
+    """A run of pytest that has ended, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def _pytest(folder: Path, wanted: str, *arguments: str) -> Ended:
+    """Run pytest in a process of its own, which is forked where pytest is imported already."""
     (folder / "conftest.py").write_text(CONFTEST)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        PLUGIN,
-        "-q",
-        "-rA",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(folder),
-    ]
-    # Other plugins of the environment take a second to import.
-    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, "-p", "no:cacheprovider", *arguments],
-        cwd=folder,
-        env=os.environ | plain | {"WANTED": wanted},
-        capture_output=True,
-        text=True,
+    options = ["-p", PLUGIN, "-q", "-rA", "-c", os.devnull, "--rootdir", str(folder)]
+    process = fork_context().Process(
+        target=_run_pytest,
+        args=(folder, wanted, [*options, "-p", "no:cacheprovider", *arguments]),
     )
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    written = [(folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+    return Ended(process.exitcode, *written)
+
+
+def _run_pytest(folder: Path, wanted: str, arguments: list[str]) -> None:
+    os.chdir(folder)
+    # Other plugins of the environment take a second to import.
+    os.environ.update(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", WANTED=wanted)
+    with Path("stdout").open("wb") as out, Path("stderr").open("wb") as err:
+        os.dup2(out.fileno(), sys.stdout.fileno())
+        os.dup2(err.fileno(), sys.stderr.fileno())
+        sys.exit(pytest.main(arguments))
 
 
 def test_each_check_is_a_test_and_the_bundle_is_verified_once(tmp_path: Path) -> None:

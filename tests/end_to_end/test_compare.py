@@ -13,10 +13,6 @@ import pytest
 from huggingface_hub import constants
 
 import racdeploy as library
-from racdeploy import exporting
-from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.sources import resolve_model
-from racdeploy.recipe import Export
 from racdeploy.results.report import Report
 from tests.support.commands import racdeploy
 from tests.support.completion_server import serving
@@ -24,6 +20,7 @@ from tests.support.errors import raises
 from tests.support.hub_server import Repository, hub_server, point_at
 from tests.support.matrix import selected, some
 from tests.support.real_server import llama_cpp_server, running
+from tests.support.reasoner_files import SOURCE, reasoner_gguf, reasoner_onnx
 from tests.support.spoiled_gguf import rewrite, spoil
 
 ASKED: dict[str, Any] = {"prompts": 32, "max_new_tokens": 300, "threads": 1}
@@ -50,9 +47,8 @@ class EnoughError(Exception):
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model as F32 and Q8_0 GGUF, and its reference, recorded once."""
     folder = tmp_path_factory.mktemp("compared")
-    checkpoint = Checkpoint(Path(resolve_model("tiny-reasoner").folder))
     for quant in ("f32", "q8_0"):
-        exporting.write(checkpoint, folder / f"{quant}.gguf", Export(quant=quant))
+        shutil.copy(reasoner_gguf(quant), folder)
     library.record(folder / "f32.gguf", out=folder / "ref", work=folder / "work", **ASKED)
     return folder
 
@@ -123,20 +119,16 @@ def test_a_reference_needs_neither_its_model_nor_its_task(files: Path, tmp_path:
 
 def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     """An ONNX folder, a folder of transformers and a server answer as the GGUF file does."""
-    source = Path(resolve_model("tiny-reasoner").folder)
-    shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("*.safetensors"))
-    graph = Export(format="onnx", quant="f32")
-    exporting.write(Checkpoint(source), tmp_path / "onnx" / "model.onnx", graph)
+    onnx = reasoner_onnx()
     folder, file = (
-        json.loads(racdeploy("inspect", tmp_path / "onnx" / name, "--json").out)
-        for name in ("", "model.onnx")
+        json.loads(racdeploy("inspect", path, "--json").out) for path in (onnx, onnx / "model.onnx")
     )
     assert folder == file
     assert folder["summary"]["size_bytes"] > 10_000_000
 
     with running(*llama_cpp_server(files / "q8_0.gguf")) as (url, _):
         models = library.compare(
-            [str(tmp_path / "onnx"), str(source), f"{url}#tiny"],
+            [str(onnx), str(SOURCE), f"{url}#tiny"],
             against=files / "ref",
             tier="smoke",
             work=tmp_path,
@@ -233,17 +225,13 @@ def test_a_card_and_a_plan(files: Path, tmp_path: Path) -> None:
     assert json.loads(plan.out)["candidates"] == [f"{name}/q8_0.gguf" for name in folders]
 
 
-def test_a_plain_file_runs_as_a_bundle_does(files: Path, tmp_path: Path) -> None:
+def test_a_plain_file_runs_as_a_bundle_does(files: Path) -> None:
     """Loaded, measured and served without a bundle; its answers are those of the bundle's file."""
     with library.load(files / "q8_0.gguf", threads=1) as model:
         found = model.generate("What is 12 times 34?", max_new_tokens=400)
     assert ("408" in found.answer, found.state) == (True, "closed")
 
-    source = Path(resolve_model("tiny-reasoner").folder)
-    shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("*.safetensors"))
-    graph = Export(format="onnx", quant="f32")
-    exporting.write(Checkpoint(source), tmp_path / "onnx" / "model.onnx", graph)
-    with library.load(tmp_path / "onnx", threads=1) as model:
+    with library.load(reasoner_onnx(), threads=1) as model:
         assert model.generate("What is 12 times 34?", max_new_tokens=400) == found
 
     sizes = ("--prompt-tokens", 16, "--new-tokens", 8, "--rounds", 1, "--threads", 1)

@@ -16,7 +16,7 @@ from tests.support.tiny_models import make_checkpoint
 
 RECIPE = """
 [traces]
-count = 48
+count = 24
 batch_size = 4
 max_new_tokens = 16
 [calibration]
@@ -50,7 +50,7 @@ def _contents(place: Path) -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted")
     make_checkpoint(
-        folder / "model", "qwen3", num_hidden_layers=6, hidden_size=128, intermediate_size=256
+        folder / "model", "qwen3", num_hidden_layers=4, hidden_size=128, intermediate_size=256
     )
     (folder / "recipe.toml").write_text(RECIPE)
     done = racdeploy(*_arguments(folder, folder / "whole"))
@@ -61,8 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "pattern",
     some(
-        ["traces-*/shard-00002.jsonl", "traces-*/shard-00009.jsonl", "prune-*/block-00003.json"],
-        kept=["traces-*/shard-00009.jsonl", "prune-*/block-00003.json"],
+        ["traces-*/shard-00002.jsonl", "traces-*/shard-00004.jsonl", "prune-*/block-00001.json"],
+        kept=["traces-*/shard-00004.jsonl", "prune-*/block-00001.json"],
     ),
 )
 def test_a_killed_run_continues_to_the_same_bytes(

@@ -25,6 +25,7 @@ from racdeploy.recipe import Pruning
 from racdeploy.results.pruning import BlockRow, LinearRow
 from tests.support.block_outputs import take_states
 from tests.support.fork_server import fork_context
+from tests.support.matrix import some
 from tests.support.tiny_models import FAMILIES, NEMOTRON_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import make_trace
 
@@ -43,6 +44,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"num_hidden_layers": 4},
     "gemma3n_text": {**SHARED, "layer_types": KINDS},
 }
+ALWAYS = ("qwen3_5_text", "nemotron_h with experts", "gemma3n_text")
+"""A state, experts beside states, and shared keys; the others in ``make test-matrix``."""
 NEW = [name for name in CONFIGS if name.partition(" ")[0] in FAMILIES]
 FITTED = [make_trace(i, 5 + i, 20 + 2 * i, 4) for i in range(24)]
 HELD_OUT = [make_trace(100 + i, 6, 30, 4) for i in range(4)]
@@ -59,7 +62,7 @@ class Walked:
     blocks: list[BlockRow]
 
 
-@pytest.fixture(scope="module", params=NEW)
+@pytest.fixture(scope="module", params=some(NEW, ALWAYS))
 def walked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walked:
     root = tmp_path_factory.mktemp(request.param)
     family, config = request.param.partition(" ")[0], CONFIGS[request.param]
