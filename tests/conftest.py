@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from racdeploy.processes.heap import keep_heap
-from tests.support import durations, shared
+from tests.support import durations, prefork, shared
 from tests.support.signals import let_children_take_signals
 
 LONGEST = ("test_one_file_each.py", "test_api.py", "test_stats.py")
@@ -22,6 +22,7 @@ _BEGAN_S = pytest.StashKey[float]()
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 let_children_take_signals()
+prefork.install()
 
 # A child whose files are limited in size would leave half of a module's bytecode, without an error
 # of Python's, for all that come after it.
