@@ -7,6 +7,7 @@
 # make test-optimum-slow   set up .venv-optimum, then export every family with optimum, and open such files with it
 # make lint   set up .venv, then ruff and mypy
 # make fuzz   set up .venv with atheris (Linux), then fuzz each reader for SECONDS, 60 by default
+# make fuzz-changed   fuzz only the readers that the branch has changed
 # make docs   set up .venv, then write the documents as a site into site/
 # make check  lint, then the tests
 # test, lint and docs install what requirements/locked.txt holds, hash by hash, where its archives fit the machine;
@@ -26,7 +27,7 @@ KERNELS ?= slow or not slow
 COMPILE = $(BIN)/python -m compileall -q -f racdeploy tests benchmarks
 PYTEST = $(COMPILE) && $(BIN)/python -m pytest -n logical --dist worksteal --durations 20 --junitxml build/junit-$@.xml
 
-.PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz lint docs check clean
+.PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz fuzz-changed lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -59,6 +60,10 @@ test-optimum-slow: $(VENV_OPTIMUM)/.test
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+fuzz-changed: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --changed --seconds $(SECONDS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check racdeploy tests examples benchmarks action docs kernels

@@ -14,8 +14,10 @@ import warnings
 from pathlib import Path
 
 from tests.fuzz import harness, kept, oracle
+from tests.fuzz.changed import find_changed_files, select_harnesses
 from tests.fuzz.run import run
 
+ROOT = Path(__file__).parents[2]
 _WORK = Path("build/fuzz").resolve()
 
 
@@ -24,7 +26,12 @@ def main() -> int:
     arguments = _parse()
     found = 0
 
-    for name in arguments.names or harness.names():
+    names = arguments.names or harness.names()
+    if arguments.changed:
+        names = select_harnesses(find_changed_files(ROOT))
+        print("fuzzing " + (", ".join(names) or "nothing: no reader has changed"), flush=True)
+
+    for name in names:
         chosen = harness.load(name)
         work = arguments.work.resolve() / name
         if arguments.replay:
@@ -60,6 +67,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--replay", action="store_true", help="run seeds and kept inputs alone")
     parser.add_argument(
         "--keep", action="store_true", help="minimise what was found into the corpus"
+    )
+    parser.add_argument(
+        "--changed", action="store_true", help="only what reads otherwise than before the branch"
     )
     parser.add_argument("--lines", action="store_true", help="say which share of lines is reached")
     parser.add_argument(

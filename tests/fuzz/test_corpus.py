@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import harness
+from tests.fuzz.changed import select_harnesses
 from tests.fuzz.kept import MAX_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,13 @@ def _replay() -> dict[str, str]:
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert said.keys() >= set(NAMES), done.stdout + done.stderr
     return said
+
+
+def test_a_change_to_a_reader_names_its_harness() -> None:
+    """Its own file does, too; another file names none."""
+    assert select_harnesses({"racdeploy/manifest.py", "docs/faq.md"}) == ["manifest"]
+    assert select_harnesses({"tests/fuzz/harnesses/gguf.py"}) == ["gguf"]
+    assert select_harnesses({"racdeploy/cli/app.py"}) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
