@@ -39,6 +39,10 @@ logit_traces = 2
 """
 TUNE = """
 tasks = ["comparison"]
+[prune]
+method = "magnitude"
+[export]
+rounding = "nearest"
 [traces]
 count = 40
 max_new_tokens = 128

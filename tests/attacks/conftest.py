@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.processes.memory import resident_bytes
+from tests.support import prefork
 from tests.support.tiny_onnx import tiny_onnx
 from tests.support.yardstick import is_too_long
 
@@ -29,6 +30,13 @@ MAX_BYTES = 300e6
 """More resident memory than before, and more in a child than a healthy engine has."""
 _ENGINE_BYTES = 250e6
 _RECORD = os.environ.get("RACDEPLOY_ATTACKS_RECORD")  # a file that gets a line for each test
+
+
+@pytest.fixture(autouse=True)
+def _children_of_their_own() -> Iterator[None]:
+    """Start every child as the product does: a forked one would hide what it takes."""
+    with prefork.exec_children():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,8 @@ def test_a_shortened_model_is_compared_with_what_costs_no_training(tmp_path: Pat
         "runtime.thinking.max_tokens": 40,
         "runtime.thinking.hesitation": ["Start"],
         "gate.accuracy.margin": 0.9,
+        "prune.sparsity": 0.0,
+        "export.rounding": "nearest",
     }
     bundle = tmp_path / "bundle"
     outcome = racdeploy(

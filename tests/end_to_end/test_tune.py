@@ -20,7 +20,7 @@ MAX_BYTES = 3_000_000
 SETTINGS = (
     *("--set", 'tune.quants=["q8_0","q4_0"]', "--set", "tune.ffn=[0.5]"),
     *("--set", "tune.zeros=[0.5]", "--set", "tune.prompts=24"),
-    *("--set", "calibration.max_tokens=2048"),
+    *("--set", "calibration.max_tokens=2048", "--set", 'export.rounding="nearest"'),
     *("--trace-prompts", 64, "--prompts", 60),
 )
 
