@@ -216,9 +216,11 @@ def test_bench_notices_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     from racdeploy.bundles import bench
 
     bundle = make_bundle(tmp_path)
-    monkeypatch.setattr(
-        bench, "measure_pair", lambda *values: (bundle / "model.gguf").write_bytes(b"x")
-    )
+
+    def change_file(*values: object, **named: object) -> None:
+        (bundle / "model.gguf").write_bytes(b"x")
+
+    monkeypatch.setattr(bench, "measure_pair", change_file)
     load = bench.BenchSettings(prompt_tokens=8, new_tokens=8)
     with raises("artifact-changed", "model.gguf"):
         bench.bench(bundle, bundle / "model.gguf", load)
