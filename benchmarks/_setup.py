@@ -90,7 +90,7 @@ def prune(arguments: argparse.Namespace) -> tuple[Build, Path, list[Trace]]:
         },
     )
     build = Build(Job(recipe), arguments.work, arguments.threads)
-    _, held_out, _ = build.prune_stage.select_traces(build.traces()[1])
+    held_out = build.prune_stage.choose_traces(build.traces()[1]).held_out
     traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]
     return build, build.prune().folder, traces
 

@@ -248,7 +248,7 @@ def measure(build: Build, row: str, column: str, dense: tuple[AnswerRecord, ...]
         thinking_tokens=float(restrict_lengths(lengths[1], budget).mean()),
         length_ratio=length_ratio(lengths[0], lengths[1], budget).ratio,
         unclosed=sum(record.state == "open" for record in pruned),
-        calibration_tokens=model.selection["calibration_tokens"],
+        calibration_tokens=model.selection.calibration_tokens if model.selection else 0,
         held_out_error=sum(errors) / len(errors),
         drift=model.blocks[-1].drift or 0.0,
     )

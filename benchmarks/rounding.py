@@ -102,7 +102,7 @@ def recipe(arguments: argparse.Namespace, rounding: str) -> Recipe:
 
 def divergence(build: Build, exported: ExportResult) -> dict[str, float]:
     """Return KL and top-1 of a file from the dense model on held-out traces, and their tokens."""
-    _, held_out, _ = build.prune_stage.select_traces(build.traces()[1])
+    held_out = build.prune_stage.choose_traces(build.traces()[1]).held_out
     exact = EngineSettings(2048, 1, build.threads, "f32")
     compared = compare_checkpoints(
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),

@@ -272,7 +272,7 @@ def divergence(
     if kept.is_file():
         return dict(json.loads(kept.read_text()))
 
-    _, held_out, _ = build.prune_stage.select_traces(build.traces()[1])
+    held_out = build.prune_stage.choose_traces(build.traces()[1]).held_out
     exact = EngineSettings(arguments.context_tokens, 1, build.threads, "f32")
     compared = compare_checkpoints(
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),

@@ -5,7 +5,7 @@ No other module knows the order of the stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,15 @@ from racdeploy.pipeline.forecast import estimate_seconds
 from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import list_metadata, name_artifact, name_model
-from racdeploy.pipeline.phase_training import PhaseTrainer
+from racdeploy.pipeline.phase_training import PhaseTrainer, TrainingRequest
 from racdeploy.pipeline.preflight import check_build
-from racdeploy.pipeline.prune_stage import PruneStage
+from racdeploy.pipeline.prune_stage import PruneRequest, PruneStage
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.shorten_stage import ShortenedModel, ShortenStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.thinking import read_control
-from racdeploy.pipeline.trace_stage import ExportedModel, TraceStage
+from racdeploy.pipeline.trace_stage import ExportedModel, TraceRequest, TraceStage
 from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
 from racdeploy.pipeline.workspace import Workspace, describe_code, identify_code
 from racdeploy.pruning import PrunedModel
@@ -48,6 +48,9 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.collect import summarize_traces
 from racdeploy.traces.trace import Trace, TraceSet, count_tokens
 from racdeploy.verification.rivals import SAME_SIZE, find_same_size_quants
+
+JobRequest = TraceRequest | PruneRequest | TrainingRequest | ShortenedModel
+"""Request of the first process of a job to the others; a shortened model replaces the dense one."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ class Build:
         )
 
         counts = summarize_traces(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
-        origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
+        assert model.selection, "it was pruned here"
+        selection = model.selection.model_dump()
+        origin = {"sha256": TraceSet(trace_folder).sha256, "selection": selection}
         return bundling.BundleContents(
             artifacts,
             job,
@@ -153,18 +158,26 @@ class Build:
         """Do this process's share of the first one's jobs until they end."""
         build = self
 
-        def find_stage(name: str) -> TraceStage | PruneStage | PhaseTrainer:
-            if name == "traces":
-                return build.trace_stage
-            return build.prune_stage if name == "prune" else build.recover_stage.trainer
+        def describe(request: JobRequest) -> Mapping[str, str]:
+            return describe_code(build._find_stage(request))
 
-        for name, arguments in self.processes.receive_jobs(
-            lambda name: describe_code(find_stage(name))
-        ):
-            if name == "shortened":  # all later jobs have this model in place of the dense one
-                build = build._with_shortened(arguments["model"])
-            else:
-                find_stage(name).run_as_follower(arguments)
+        for request in self.processes.receive_jobs(describe):
+            if isinstance(request, TraceRequest):
+                build.trace_stage.run_as_follower(request)
+            elif isinstance(request, PruneRequest):
+                build.prune_stage.run_as_follower(request)
+            elif isinstance(request, TrainingRequest):
+                build.recover_stage.trainer.run_as_follower(request)
+            else:  # all later jobs have this model in place of the dense one
+                build = build._with_shortened(request)
+
+    def _find_stage(self, request: JobRequest) -> TraceStage | PruneStage | PhaseTrainer:
+        """Return the stage of a request; a shortened model comes from the training."""
+        if isinstance(request, TraceRequest):
+            return self.trace_stage
+        if isinstance(request, PruneRequest):
+            return self.prune_stage
+        return self.recover_stage.trainer
 
     def traces(self) -> tuple[Path, list[Trace]]:
         """Collect the dense model's traces, or read them back."""
@@ -198,7 +211,7 @@ class Build:
         )
         shortened = stage.run(sample)
         described = describe_code(self.recover_stage.trainer)
-        with self.processes.announce_job("shortened", described, {"model": shortened}):
+        with self.processes.announce_job(shortened, described):
             return self._with_shortened(shortened)
 
     def _with_shortened(self, model: ShortenedModel) -> Build:
@@ -380,8 +393,8 @@ class Build:
         # Known traces give the tokens; before that, the plan has only an upper bound of them.
         traces = self.known_traces
         if traces:
-            calibration, held_out, _ = self.prune_stage.select_traces(traces)
-            tokens, held_out_tokens = count_tokens(calibration), count_tokens(held_out)
+            chosen = self.prune_stage.choose_traces(traces)
+            tokens, held_out_tokens = count_tokens(chosen.fitted), count_tokens(chosen.held_out)
         else:
             held_out_count = round(settings.calibration.held_out_share * len(longest))
             tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])

@@ -72,7 +72,7 @@ def _mean(kl: Sequence[Floats]) -> float:
 
 def _list_trace_ids(build: Build) -> list[TraceIds]:
     _, traces = build.traces()
-    _, held_out, _ = build.prune_stage.select_traces(traces)
+    held_out = build.prune_stage.choose_traces(traces).held_out
     chosen = (held_out or traces)[:_MAX_TRACES]
     return [(trace.prompt_ids, trace.completion_ids) for trace in chosen]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from racdeploy import exporting
 from racdeploy.engines import open_engine
@@ -26,6 +25,7 @@ from racdeploy.pipeline.thinking import (
 from racdeploy.pipeline.tokenization import compare_tokenization
 from racdeploy.pruning import PrunedModel
 from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.pruning import CalibrationCounts
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
@@ -329,20 +329,20 @@ def note_logits(logits: LogitComparison | None, answers: int) -> list[str]:
     return notes
 
 
-def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
+def _selection_notes(counts: CalibrationCounts | None) -> list[str]:
     """Return notes on the traces that calibrated, and on those that were left out."""
-    tokens = selection["calibration_tokens"]
-    unit = "prompts" if selection["source"] == "prompt" else "traces"
-    note = f"calibrated on {tokens:,} tokens of {selection['calibration_traces']} {unit}"
-    if selection["left_out"]:
-        left_out = [f"{count} {reason}" for reason, count in selection["left_out"].items()]
+    assert counts, "the model was pruned by this build"
+    tokens = counts.calibration_tokens
+    unit = "prompts" if counts.source == "prompt" else "traces"
+    note = f"calibrated on {tokens:,} tokens of {counts.calibration_traces} {unit}"
+    if counts.left_out:
+        left_out = [f"{count} {reason}" for reason, count in counts.left_out.items()]
         note += f"; left out: {', '.join(left_out)}"
 
     notes = [note]
-    if tokens < _ENOUGH_TOKENS * selection["rac_tokens"]:
+    if tokens < _ENOUGH_TOKENS * counts.rac_tokens:
         notes.append(
-            "the tasks ran out of prompts: whole traces would have had "
-            f"{selection['rac_tokens']} tokens"
+            f"the tasks ran out of prompts: whole traces would have had {counts.rac_tokens} tokens"
         )
 
     return notes

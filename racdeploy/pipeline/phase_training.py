@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from racdeploy.engines.engine import Ids
 from racdeploy.errors import EnvironmentFailure
@@ -133,7 +133,7 @@ class PhaseTrainer:
     def _learn(self, stage: Stage, name: str, request: TrainingRequest) -> Json:
         """Train together with the other processes; return the summary of the stage."""
         processes = self.workspace.processes
-        with processes.announce_job("recover", describe_code(self), {"request": request}):
+        with processes.announce_job(request, describe_code(self)):
             training_run, log = self.train(stage.folder, name, request)
 
         # Keep the phase only if some state after the start is nearer to the dense model.
@@ -145,10 +145,11 @@ class PhaseTrainer:
 
         return {"log": [asdict(row) for row in log], "better": better}
 
-    def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
+    def run_as_follower(self, request: TrainingRequest) -> None:
         """Do the share of a process other than the first one."""
-        with scratch_folder(self.workspace.work, self.workspace.processes.rank) as scratch:
-            self.train(scratch, scratch.name, arguments["request"])
+        workspace = self.workspace
+        with scratch_folder(workspace.work, workspace.processes.rank) as scratch:
+            self.train(scratch, scratch.name, request)
 
     def train(
         self, folder: Path, name: str, request: TrainingRequest

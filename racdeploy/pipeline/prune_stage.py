@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 from racdeploy.engines.engine import Progress
-from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage, finished_stages, scratch_folder
 from racdeploy.files.writing import canonical_hash, link_equal, write_atomic
 from racdeploy.models.checkpoint import Checkpoint
@@ -20,7 +19,8 @@ from racdeploy.pruning.structures import list_parts
 from racdeploy.quant import DENSE_IMPORTANCE_FILE
 from racdeploy.quant.stored_codes import UNCODED_FILE
 from racdeploy.recipe import Calibration, Pruning, Structure
-from racdeploy.results.pruning import BlockRow, LinearRow, StructureRow
+from racdeploy.results.pruning import BlockRow, CalibrationCounts, LinearRow, StructureRow
+from racdeploy.results.schema import FrozenModel
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.tasks import TaskSet
 from racdeploy.traces.collect import make_prompt_traces
@@ -28,6 +28,50 @@ from racdeploy.traces.select import select_traces, take_within_budget
 from racdeploy.traces.trace import Trace, count_tokens, hash_ids
 
 _DRAW_RATIO = 1.1  # drawn prompts over expected ones, since their lengths differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest:
+    """Request to prune a model, as it is sent to the other processes of a job.
+
+    Args:
+        model: folder of the dense model, or of a sparse one that gets codes.
+        structure: cut before zeros are chosen.
+        quants: linear → number format whose codes are chosen.
+        keep_existing_zeros: the model is sparse, and gets no other zeros.
+    """
+
+    model: Path
+    calibration: Sequence[Trace]
+    held_out: Sequence[Trace]
+    structure: Structure
+    settings: Pruning
+    quants: Mapping[str, str]
+    keep_existing_zeros: bool
+
+
+@dataclass(frozen=True)
+class PruningTraces:
+    """Traces that decide the pruning, traces that measure its error, and counts of both."""
+
+    fitted: list[Trace]
+    held_out: list[Trace]
+    counts: CalibrationCounts
+
+
+class PruningSummary(FrozenModel):
+    """Content of ``stage.json`` of a pruned model: rows of the report."""
+
+    structure: tuple[StructureRow, ...]
+    linears: tuple[LinearRow, ...]
+    blocks: tuple[BlockRow, ...]
+    selection: CalibrationCounts
+
+    @classmethod
+    def read(cls, stage: Stage) -> Self:
+        """Return the summary of a finished stage; ArtifactError if a part is missing."""
+        summary = stage.summary
+        return cls.model_validate({name: summary[name] for name in cls.model_fields})
 
 
 @dataclass(frozen=True)
@@ -53,20 +97,20 @@ class PruneStage:
         device = choose_device(self.settings.device).type
         settings = self.settings.model_copy(update={"device": device})
         identity = {"traces_sha256": traces_sha256, "structure": self._cuts.model_dump()}
-        folder, summary = self._run(
-            "prune", self.name, identity, settings=settings, traces=traces, model=self.dense
+        stage = self._run(
+            "prune", self.name, self.dense, settings=settings, traces=traces, identity=identity
         )
-        linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
-        notes = (note_held_out(summary["selection"]), note_experts(linears))
+        summary = PruningSummary.read(stage)
+        notes = (note_held_out(summary.selection), note_experts(summary.linears))
 
         return PrunedModel(
-            folder,
-            sparsity=settings.sparsity,
-            linears=linears,
-            blocks=tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
-            selection=summary["selection"],
-            notes=tuple(filter(None, notes)),
-            structure=tuple(StructureRow.model_validate(row) for row in summary["structure"]),
+            stage.folder / self.name,
+            settings.sparsity,
+            linears=summary.linears,
+            blocks=summary.blocks,
+            selection=summary.selection,
+            notes=tuple(note for note in notes if note),
+            structure=summary.structure,
         )
 
     def choose_codes(self, model: Path, traces: Sequence[Trace], name: str) -> Path:
@@ -78,22 +122,27 @@ class PruneStage:
         no_zeros = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
         settings = self.settings.model_copy(update=no_zeros)
         identity = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
-        folder, _ = self._run(
-            "codes", name, identity, settings=settings, traces=traces, model=sparse
+        stage = self._run(
+            "codes", name, sparse, settings=settings, traces=traces, identity=identity
         )
-        return folder
+        return stage.folder / name
 
     def _run(
         self,
         label: str,
         name: str,
-        identity: Mapping[str, Any],
+        model: Checkpoint,
         *,
         settings: Pruning,
         traces: Sequence[Trace],
-        model: Checkpoint,
-    ) -> tuple[Path, Mapping[str, Any]]:
-        """Return the folder of that name in a stage, and its summary."""
+        identity: Mapping[str, object],
+    ) -> Stage:
+        """Return the finished stage that has the pruned model in a folder of that name.
+
+        Args:
+            label: name of the stage.
+            identity: its inputs, besides the settings and the code.
+        """
         inputs = describe_code(self) | {
             **identity,
             "tasks": self.tasks.identify_calibration(),
@@ -108,7 +157,8 @@ class PruneStage:
         folder = stage.folder / name
         if not stage.is_finished:
             self._share_survey(stage, label, formats)
-            stage.finish(self._walk(folder, settings, traces, model))
+            summary = self._walk(folder, settings, traces, model)
+            stage.finish(summary.model_dump())
             # What neither number format nor cut changes is stored once. Folders without codes are
             # left alone: users edit their files.
             for other in finished_stages(self.workspace.work, label):
@@ -118,18 +168,21 @@ class PruneStage:
         # The files of single blocks, for a resume, were half of the stage's size.
         for file in stage.folder.glob("*-[0-9]*.safetensors"):
             file.unlink()
-        return folder, stage.summary
+        return stage
 
-    def _share_survey(self, stage: Stage, label: str, formats: Mapping[str, Any]) -> None:
+    def _share_survey(self, stage: Stage, label: str, formats: Mapping[str, object]) -> None:
         """Copy what was decided for other number formats: it does not depend on them."""
+        own_hash = canonical_hash(stage.inputs)
         for other in finished_stages(self.workspace.work, label):
-            same = canonical_hash({**other.inputs, **formats}) == canonical_hash(stage.inputs)
+            if canonical_hash({**other.inputs, **formats}) != own_hash:
+                continue
+
             for name in (CUT_PLAN_FILE, ALLOCATION_FILE):
-                if same and not (stage.folder / name).exists():
+                if not (stage.folder / name).exists():
                     write_atomic(stage.folder / name, (other.folder / name).read_bytes())
 
-    def select_traces(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], Json]:
-        """Return calibration and held-out traces, and counts of both and of those left out."""
+    def choose_traces(self, traces: Sequence[Trace]) -> PruningTraces:
+        """Return the traces to prune on, or as many tokens of prompts, and those held out."""
         selection = select_traces(traces, self.calibration)
         chosen = selection.calibration
         tokens = count_tokens(chosen)
@@ -143,22 +196,23 @@ class PruneStage:
             chosen = take_within_budget(make_prompt_traces(self.encoder, fresh), tokens)
 
         held_out_tasks = {trace.task for trace in selection.held_out}
-        counts = {
-            "source": self.calibration.source,
-            "calibration_traces": len(chosen),
-            "calibration_tokens": count_tokens(chosen),
-            "rac_tokens": tokens,
-            "held_out_traces": len(selection.held_out),
-            "tasks_not_held_out": sorted({trace.task for trace in traces} - held_out_tasks),
-            "left_out": selection.excluded,
-        }
+        counts = CalibrationCounts(
+            source=self.calibration.source,
+            calibration_traces=len(chosen),
+            calibration_tokens=count_tokens(chosen),
+            rac_tokens=tokens,
+            held_out_traces=len(selection.held_out),
+            tasks_not_held_out=sorted({trace.task for trace in traces} - held_out_tasks),
+            left_out=selection.excluded,
+        )
 
-        return chosen, selection.held_out, counts
+        return PruningTraces(chosen, selection.held_out, counts)
 
-    def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
+    def run_as_follower(self, request: PruneRequest) -> None:
         """Do the share of a process other than the first one."""
-        with scratch_folder(self.workspace.work, self.workspace.processes.rank) as scratch:
-            self._prune_blocks(scratch, arguments)
+        workspace = self.workspace
+        with scratch_folder(workspace.work, workspace.processes.rank) as scratch:
+            self._prune_blocks(scratch, request)
 
     @property
     def _cuts(self) -> Structure:
@@ -174,7 +228,7 @@ class PruneStage:
         settings: Pruning,
         traces: Sequence[Trace],
         model: Checkpoint,
-    ) -> Json:
+    ) -> PruningSummary:
         """Prune a dense model, or choose the codes of a sparse one, into a folder."""
         self.workspace.report("prune", 0, model.shape.block_count)
 
@@ -182,47 +236,55 @@ class PruneStage:
         from racdeploy.pruning.walk.assemble import assemble
 
         # Structure is cut only once; a sparse model comes here for its codes, and keeps its zeros.
-        calibration, held_out, counts = self.select_traces(traces)
-        cuts = self._cuts if model is self.dense else Structure()
-        arguments = {
-            "checkpoint": model.folder.resolve(),
-            "calibration": calibration,
-            "held_out": held_out,
-            "structure": cuts,
-            "settings": settings,
-            "quant": self.quants,
-            "keep_existing_zeros": model is not self.dense,
-        }
+        is_dense = model is self.dense
+        cuts = self._cuts if is_dense else Structure()
+        chosen = self.choose_traces(traces)
+        request = PruneRequest(
+            model=model.folder.resolve(),
+            calibration=chosen.fitted,
+            held_out=chosen.held_out,
+            structure=cuts,
+            settings=settings,
+            quants=self.quants,
+            keep_existing_zeros=not is_dense,
+        )
 
         blocks_folder = folder.parent
-        with self.workspace.processes.announce_job("prune", describe_code(self), arguments):
-            linears, blocks = self._prune_blocks(blocks_folder, arguments, self.workspace.progress)
+        with self.workspace.processes.announce_job(request, describe_code(self)):
+            linears, blocks = self._prune_blocks(blocks_folder, request, self.workspace.progress)
 
         shape = read_cut_plan(blocks_folder).shape(model.shape, cuts)
         assemble(model, blocks_folder, folder, shape)
         # That of the dense model: a folder that was cut before has one of a larger model.
         dense_importance = model.folder / DENSE_IMPORTANCE_FILE
-        if model is not self.dense and dense_importance.is_file():
+        if not is_dense and dense_importance.is_file():
             shutil.copyfile(dense_importance, folder / DENSE_IMPORTANCE_FILE)
 
-        return {
-            "structure": [row.model_dump() for row in list_structure_rows(model.shape, shape)],
-            "linears": [row.model_dump() for row in linears],
-            "blocks": [row.model_dump() for row in blocks],
-            "selection": counts,
-        }
+        return PruningSummary(
+            structure=list_structure_rows(model.shape, shape),
+            linears=tuple(linears),
+            blocks=tuple(blocks),
+            selection=chosen.counts,
+        )
 
     def _prune_blocks(
-        self, folder: Path, arguments: Mapping[str, Any], progress: Progress | None = None
+        self, folder: Path, request: PruneRequest, progress: Progress | None = None
     ) -> tuple[list[LinearRow], list[BlockRow]]:
+        """Prune the blocks of a request into a folder, together with the other processes."""
         from racdeploy.pruning.block_pruning import prune_blocks
 
         return prune_blocks(
+            checkpoint=Checkpoint(request.model),
+            calibration=request.calibration,
+            held_out=request.held_out,
+            settings=request.settings,
             folder=folder,
+            quant=request.quants,
+            keep_existing_zeros=request.keep_existing_zeros,
             threads=self.workspace.threads,
             progress=progress,
             processes=self.workspace.processes,
-            **{**arguments, "checkpoint": Checkpoint(arguments["checkpoint"])},
+            structure=request.structure,
         )
 
 
@@ -250,13 +312,13 @@ def note_experts(linears: Sequence[LinearRow]) -> str:
     return note
 
 
-def note_held_out(selection: Mapping[str, Any]) -> str:
+def note_held_out(counts: CalibrationCounts) -> str:
     """Return a sentence on tasks without held-out traces; empty if all have some."""
-    missing = ", ".join(selection["tasks_not_held_out"])
+    missing = ", ".join(counts.tasks_not_held_out)
     if not missing:
         return ""
 
-    task_note = f" of {missing}" if selection["held_out_traces"] else ""
+    task_note = f" of {missing}" if counts.held_out_traces else ""
     return (
         f"no trace{task_note} is held out, so no error{task_note} was measured; "
         "raise traces.count or calibration.held_out_share"

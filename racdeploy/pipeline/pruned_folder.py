@@ -40,14 +40,7 @@ def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
             remedy="prune first: racdeploy prune MODEL --sparsity 0.5",
         )
 
-    return PrunedModel(
-        folder,
-        sparsity=zeros / weights,
-        linears=(),
-        blocks=(),
-        selection={},
-        source_blocks=_find_sources(dense, sparse),
-    )
+    return PrunedModel(folder, sparsity=zeros / weights, source_blocks=_find_sources(dense, sparse))
 
 
 def _check_family(dense: Checkpoint, sparse: Checkpoint) -> None:

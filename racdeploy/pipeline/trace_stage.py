@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from racdeploy import plugins
 from racdeploy.engines.completion_log import TokenLog
@@ -60,6 +59,22 @@ class ExportedModel:
     path: Path
     open: _OpenEngine
     code: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceRequest:
+    """Request to answer prompts, as it is sent to the other processes of a job.
+
+    Args:
+        open: opens the model's engine.
+        model: folder or file that the engine opens.
+        sha256: hash of the model's checkpoint.
+    """
+
+    settings: EngineSettings
+    open: _OpenEngine
+    model: Path
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -144,20 +159,20 @@ class TraceStage:
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
-    def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
+    def run_as_follower(self, request: TraceRequest) -> None:
         """Answer this process's share; if a process lacks the model, the first one answers all."""
-        sha256 = arguments["sha256"]
-        is_dense = sha256 == self.dense.sha256
-        open_model, model = arguments["open"], arguments["model"]
-        if is_dense and open_model is _open:
+        model = request.model
+        is_dense = request.sha256 == self.dense.sha256
+        if is_dense and request.open is _open:
             model = self.dense.folder
 
-        processes = self.workspace.processes
-        is_folder = (model / "config.json").is_file()
-        has_model = Checkpoint(model).sha256 == sha256 if is_folder else model.is_file()
+        has_model = model.is_file()
+        if (model / "config.json").is_file():
+            has_model = Checkpoint(model).sha256 == request.sha256
 
+        processes = self.workspace.processes
         if all(processes.all_gather(has_model)):
-            with open_model(model, arguments["settings"]) as engine:
+            with request.open(model, request.settings) as engine:
                 processes.serve_map(lambda request: engine.generate(*request))
 
     @contextmanager
@@ -184,12 +199,9 @@ class TraceStage:
         processes = self.workspace.processes
         settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
         open_model, model = self._choose_model(checkpoint)
-        arguments = {
-            "settings": settings,
-            "open": open_model,
-            "model": model.resolve(),
-            "sha256": checkpoint.sha256,
-        }
+        request = TraceRequest(
+            settings=settings, open=open_model, model=model.resolve(), sha256=checkpoint.sha256
+        )
 
         with open_model(model, settings) as engine:
             # The last bits of llama.cpp's logits depend on what is decoded together: a shard is
@@ -204,7 +216,7 @@ class TraceStage:
             )
 
             # Only the first process may see the sparse model that it wrote; then it answers all.
-            with processes.announce_job("traces", describe_code(self), arguments):
+            with processes.announce_job(request, describe_code(self)):
                 all_have_model = all(processes.all_gather(True))
                 if all_have_model:
                     yield CompletionSource(partial(processes.map, answer), processes.world_size)

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy.files.reading import Json
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.results.pruning import BlockRow, LinearRow, RecoveryRow, StructureRow
+from racdeploy.results.pruning import (
+    BlockRow,
+    CalibrationCounts,
+    LinearRow,
+    RecoveryRow,
+    StructureRow,
+)
 
 CUT_PLAN_FILE, ALLOCATION_FILE = "structure.json", "allocation.json"
 """Files beside the folder of a pruned model: blocks and units that stay, sparsity per linear."""
@@ -21,9 +26,9 @@ class PrunedModel:
 
     folder: Path
     sparsity: float  # fraction of zeros
-    linears: tuple[LinearRow, ...]
-    blocks: tuple[BlockRow, ...]
-    selection: Json
+    linears: tuple[LinearRow, ...] = ()
+    blocks: tuple[BlockRow, ...] = ()
+    selection: CalibrationCounts | None = None  # of the calibration; None if it is not known
     notes: tuple[str, ...] = ()  # sentences for the report
     structure: tuple[StructureRow, ...] = ()  # of each block, by new index; empty if none was cut
     source_blocks: Sequence[int] = ()  # dense index of each block; empty: see ``structure``

@@ -12,6 +12,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-_NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START_TIMEOUT = timedelta(minutes=10)
 _CONNECTION_ERROR = re.compile("gloo|nccl|Dist(Network|Store)Error", re.IGNORECASE)
@@ -35,6 +35,17 @@ _REMEDY = (
     "the first error above is the cause; "
     "run the same command again, it resumes at the first missing block"
 )
+
+
+@dataclass(frozen=True)
+class _Announcement:
+    """Job of the first process, and facts that must be equal in all processes."""
+
+    request: Any
+    facts: Mapping[str, str]
+
+
+_NO_JOB: _Announcement | None = None
 
 
 class ProcessGroup:
@@ -191,29 +202,30 @@ class ProcessGroup:
         return values
 
     @contextmanager
-    def announce_job(
-        self, name: str, expected: Mapping[str, str], arguments: Mapping[str, Any]
-    ) -> Iterator[None]:
+    def announce_job(self, request: object, facts: Mapping[str, str]) -> Iterator[None]:
         """Have the other processes do the same job while the body runs.
 
-        ``expected``: facts that must be equal in all processes, as hashes of model and code.
+        Args:
+            request: the job, a record that can be pickled.
+            facts: facts that must be equal in all processes, as hashes of model and code.
         """
         self._others_wait = False
-        self.broadcast_object((name, expected, arguments))
+        self.broadcast_object(_Announcement(request, facts))
         yield
         self._others_wait = True
 
-    def receive_jobs(
-        self, describe: Callable[[str], Mapping[str, str]]
-    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield name and data of the first process's jobs until it has no more, in the others.
+    def receive_jobs(self, describe: Callable[[R], Mapping[str, str]]) -> Iterator[R]:
+        """Yield the requests of the first process until it has no more, in the others.
+
+        Args:
+            describe: returns the facts on a request's job in this process.
 
         Raises:
-            ArtifactError: a fact that ``describe`` returns differs from that of the first process.
+            ArtifactError: a fact differs from that of the first process.
         """
-        while (job := self.broadcast_object(_NO_JOB))[0]:
-            name, expected, arguments = job
-            different = [key for key, value in describe(name).items() if value != expected[key]]
+        while job := self.broadcast_object(_NO_JOB):
+            own = describe(job.request)
+            different = [name for name, value in own.items() if value != job.facts[name]]
 
             if different:
                 names = ", ".join(different)
@@ -224,7 +236,7 @@ class ProcessGroup:
                     "and the same racdeploy, torch and transformers",
                 )
 
-            yield name, arguments
+            yield job.request
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Call ``function`` for one item in each process; at most as many items as processes.

@@ -11,6 +11,25 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from racdeploy.results.schema import FrozenModel, PositiveCount, Share
 
 
+class CalibrationCounts(FrozenModel):
+    """Traces and tokens that pruning was calibrated on, and those that were held out.
+
+    Args:
+        left_out: number of other traces by the reason for leaving them out.
+        rac_tokens: tokens of the whole traces that could calibrate.
+        source: ``rac``, whole traces, or ``prompt``, prompts alone.
+        tasks_not_held_out: tasks without a held-out trace, sorted.
+    """
+
+    calibration_tokens: NonNegativeInt
+    calibration_traces: NonNegativeInt
+    held_out_traces: NonNegativeInt
+    left_out: dict[str, int]
+    rac_tokens: NonNegativeInt
+    source: str
+    tasks_not_held_out: list[str]
+
+
 class LinearRow(FrozenModel):
     """Pruning of one linear.
 

@@ -434,7 +434,7 @@ class Search:
     def _traces(self) -> list[Trace]:
         """Held-out traces of the dense model; the others are for calibration."""
         _, traces = self._build.traces()
-        _, held_out, _ = self._build.prune_stage.select_traces(traces)
+        held_out = self._build.prune_stage.choose_traces(traces).held_out
         if not held_out:
             raise UsageError(
                 "no-held-out-traces",

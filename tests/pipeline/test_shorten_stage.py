@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.phase_training import PhaseTrainer
+from racdeploy.pipeline.prune_stage import PruneRequest
 from racdeploy.pipeline.shorten_stage import ShortenedModel, ShortenStage
+from racdeploy.pipeline.trace_stage import TraceRequest
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning.process_group import ProcessGroup
-from racdeploy.recipe import Recipe, Recovery
+from racdeploy.recipe import Pruning, Recipe, Recovery, Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
@@ -136,17 +141,34 @@ def test_other_processes_go_on_with_the_shortened_model(tmp_path: Path, model: P
     """Their later jobs have the same dense model as the first process."""
     shorter = make_checkpoint(tmp_path / "shorter", "llama", dtype="float32", seed=5)
     models: list[str] = []
+    build = Build(Job(Recipe.combine(None, {"model": str(model)})), tmp_path, 1)
+    shortened = ShortenedModel(shorter, (), ())
+    open_dense = partial(open_engine, "transformers")
+    requests = [
+        TraceRequest(settings=EngineSettings(), open=open_dense, model=model, sha256=""),
+        PruneRequest(
+            model=model,
+            calibration=[],
+            held_out=[],
+            structure=Structure(),
+            settings=Pruning(),
+            quants={},
+            keep_existing_zeros=False,
+        ),
+        build.recover_stage.trainer.prepare(model, [], []),
+        shortened,
+    ]
 
     class Jobs(ProcessGroup):
         def receive_jobs(self, describe: Any) -> Any:
-            models.extend(describe(name)["model"] for name in ("traces", "prune", "shortened"))
-            yield "shortened", {"model": ShortenedModel(shorter, (), ())}
-            models.extend(describe(name)["model"] for name in ("traces", "prune", "recover"))
+            models.extend(describe(request)["model"] for request in requests)
+            yield shortened
+            models.extend(describe(request)["model"] for request in requests)
 
-    Build(Job(Recipe.combine(None, {"model": str(model)})), tmp_path, 1, processes=Jobs()).follow()
-    whole, shortened = Checkpoint(model).sha256, Checkpoint(shorter).sha256
-    assert whole != shortened
-    assert models == [whole] * 3 + [shortened] * 3
+    replace(build, processes=Jobs()).follow()
+    before, after = Checkpoint(model).sha256, Checkpoint(shorter).sha256
+    assert before != after
+    assert models == [before] * 4 + [after] * 4
 
 
 def test_it_stops_at_the_share_that_was_asked(tmp_path: Path, model: Path) -> None:

@@ -161,8 +161,9 @@ def test_a_plan_says_what_pruning_takes(tmp_path: Path) -> None:
     build.traces()
     after = build.plan_pruning()
     assert set(Plan(pruning=after).to_json()) == {"prune_tokens", "prune_memory_bytes"}
-    selection = build.prune().selection
-    assert after.prune_tokens == selection["calibration_tokens"]
+    counts = build.prune().selection
+    assert counts
+    assert after.prune_tokens == counts.calibration_tokens
     assert after.prune_tokens <= before.prune_tokens
 
 
@@ -170,12 +171,12 @@ def test_tasks_without_a_held_out_trace_are_named(tmp_path: Path) -> None:
     """Few traces of a task round to none held out: the report's missing errors have a reason."""
     build = _build(tmp_path, sparsity=0.25)
     traces = [replace(TRACES[0], index=i, task="gcd" if i < 8 else "comparison") for i in range(9)]
-    *_, counts = build.prune_stage.select_traces(traces)
-    assert (counts["held_out_traces"], counts["tasks_not_held_out"]) == (1, ["comparison"])
+    counts = build.prune_stage.choose_traces(traces).counts
+    assert (counts.held_out_traces, counts.tasks_not_held_out) == (1, ["comparison"])
     assert note_held_out(counts).startswith(
         "no trace of comparison is held out, so no error of comparison was"
     )
-    *_, counts = build.prune_stage.select_traces(traces[:8])
+    counts = build.prune_stage.choose_traces(traces[:8]).counts
     assert note_held_out(counts) == ""
     few = build.job.recipe.traces.model_copy(update={"count": 3})
     job = Job(build.job.recipe.model_copy(update={"traces": few}))
