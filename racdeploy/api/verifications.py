@@ -160,8 +160,8 @@ def record(options: RecordOptions, progress: Progress | None = None) -> Path:
     """Record a model's answers as a reference, and return its folder."""
     examiner, model = open_recording(options, progress)
     examiner.check_lengths(model)
-    examiner.record(model, options.tasks).write(options.out)
-    examiner.forget()
+    with examiner.until_judged():
+        examiner.record(model, options.tasks).write(options.out)
     return options.out
 
 

@@ -105,6 +105,10 @@ class BundleVerification:
     def run(self) -> tuple[Report, list[AnswerRecord]]:
         """Answer, compare and decide; return the report and all records."""
         self.plan()  # report problems before any work
+        with self.bundle.examiner.until_judged():
+            return self._judge()
+
+    def _judge(self) -> tuple[Report, list[AnswerRecord]]:
         bundle, model = self.bundle, self._model
         if not model.url and self.gate.is_enabled("integrity"):
             bundle.check_integrity()
@@ -132,7 +136,6 @@ class BundleVerification:
         )
 
         bundle.refuse_changes()
-        bundle.examiner.forget()
         return result
 
     @cached_property

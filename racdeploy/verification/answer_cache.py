@@ -72,7 +72,12 @@ class AnswerCache:
         if not self.keeps:
             self._borrow(stage)
 
-        answers = sampler.answer(opener, problems, arm, CompletionLog(log))
+        try:
+            answers = sampler.answer(opener, problems, arm, CompletionLog(log))
+        except BaseException:  # the program may live on, and another process resumes them
+            stage.release()
+            raise
+
         if is_finished and not self.repeats_finished and answers.reused:
             counted = read_json(costs) if costs.is_file() else {}
             stage.release()
@@ -94,6 +99,11 @@ class AnswerCache:
             stage.remove()
         for folder, stage in self._repeated.items():
             stage.finish({"answers": len((folder / _LOG).read_bytes().splitlines())})
+            stage.release()
+
+    def release(self) -> None:
+        """Keep the answers of this run for the next one, also of another process."""
+        for stage in (*self._new.values(), *self._repeated.values()):
             stage.release()
 
     def _borrow(self, stage: Stage) -> None:

@@ -107,12 +107,11 @@ class ModelComparison:
         self.plan()
         reference = self.reference
         self._announce_other_tokens()
-        if isinstance(reference, DeployedModel):
-            reference = self.examiner.record(reference, self.tasks)
 
-        results = [self._compare(model, reference) for model in self.candidates]
-        self.examiner.forget()
-        return results
+        with self.examiner.until_judged():
+            if isinstance(reference, DeployedModel):
+                reference = self.examiner.record(reference, self.tasks)
+            return [self._compare(model, reference) for model in self.candidates]
 
     def _announce_other_tokens(self) -> None:
         """Log which candidates tokenize otherwise, before the hours of their answers."""

@@ -5,7 +5,8 @@ Answers are kept in the work folder until all are judged, so that an interrupted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -252,8 +253,17 @@ class Examiner:
             artifact_files=subject.files,
         )
 
-    def forget(self) -> None:
-        """Remove the stored answers, which a finished run no longer needs."""
+    @contextmanager
+    def until_judged(self) -> Iterator[None]:
+        """Keep the answers until the body has judged them, then remove them.
+
+        Where the body fails they stay, for the next run of this process or of another.
+        """
+        try:
+            yield
+        except BaseException:
+            self.cache.release()
+            raise
         self.cache.forget()
 
     def _add_logits(

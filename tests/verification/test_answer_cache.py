@@ -120,7 +120,7 @@ def test_a_verification_asks_again_and_leaves_what_a_build_had_finished(
         asked = replace(subject, files={"model.gguf": model})
         _, answers = examiner.answer(asked, "pruned")
         assert (answers.reused, answers.stats) == (0, COUNTED)
-    examiner.forget()
+    examiner.cache.forget()
 
     later = answer()
     assert (later.reused, later.reused_stats) == (3, COUNTED)
@@ -141,10 +141,37 @@ def test_another_process_need_not_wait_for_the_end_of_a_program_that_has_built(
     examiner = _examine(AnswerCache(work, repeats_finished=True, keeps=False))
     for model in ("0", "2"):
         examiner.answer(replace(subject, files={"model.gguf": model}), "pruned")
-    examiner.forget()
+    examiner.cache.forget()
     with FileLock(folder / ".lock", timeout=0):
         pass
     answer(model="2")  # in the folder that the verification has removed
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["build", "verification"])
+def test_another_process_need_not_wait_where_a_program_was_interrupted(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    """As in a notebook, which lives on: neither by the answers under way nor by those before."""
+    work = tmp_path / "work"
+    examiner = _examine(AnswerCache(work, keeps=keeps))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def judge() -> None:
+        with examiner.until_judged():
+            examiner.answer(subject, "dense")
+            monkeypatch.setattr(CountingEngine, "generate", interrupt)
+            examiner.answer(replace(subject, files={"model.gguf": "2"}), "pruned")
+
+    with pytest.raises(KeyboardInterrupt):
+        judge()
+
+    folders = list(work.glob("answers-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        with FileLock(folder / ".lock", timeout=0):
+            pass
 
 
 def test_an_interrupted_verification_resumes_its_own_answers(
