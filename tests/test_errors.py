@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from racdeploy.errors import RacdeployError
+from racdeploy.errors import MissingExtraError, RacdeployError
 from tests.support.error_codes import list_raised
 from tests.support.errors import raises
 
@@ -32,3 +32,10 @@ def test_a_code_has_one_class() -> None:
 def test_another_code_is_noticed() -> None:
     with pytest.raises(AssertionError), raises("no-config"):
         raise RacdeployError("no-tokenizer", "there is no tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("packages", "said"), [("onnx", "onnx, which is not"), ("onnx, scipy", "scipy, which are not")]
+)
+def test_a_missing_extra_names_its_packages(packages: str, said: str) -> None:
+    assert said in str(MissingExtraError(packages, "onnx"))
