@@ -67,6 +67,26 @@ def test_what_reaches_for_something_private_is_found(tmp_path: Path) -> None:
     assert [found.partition(" ")[0] for found in _reaches(file)] == ["1", "2", "3", "5"]
 
 
+def test_no_test_imports_another() -> None:
+    """What two need is in tests/support: a test that is moved or left out breaks no other."""
+    tests = Path(__file__).parent
+    wrong = [
+        f"{file.relative_to(tests)}: {module}"
+        for file in sorted(tests.rglob("test_*.py"))
+        for module in _imported_modules(file)
+        if module.startswith("tests.") and ".test_" in module
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def _imported_modules(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
 def test_few_modules_stand_loose() -> None:
     """What is not in a room is the ground that every room stands on."""
     loose = sorted(file.name for file in ROOT.glob("*.py") if not file.name.startswith("__"))

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from racdeploy.recipe import Verification
 from racdeploy.report.files import read_records, read_report
 from tests.support.errors import raises
 from tests.support.fake_bundle import make_fake_bundle
+from tests.support.peak_memory import bounded
 from tests.support.tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.answers("M3", "L1")
 
-MAX_BYTES = 300e6
 Edit = Callable[[dict[str, Any]], object]
 NUL, SURROGATE = "a\0b", "a\ud800b"
 WRONG: tuple[Any, ...] = ("x", [], {}, -2, 10**30, 10**400, 1.5, [[1]], {"a": {"b": {}}})
@@ -109,17 +107,6 @@ MANIFESTS: dict[str, Edit] = {
     "a headline in words": _set("headline", to={"dense": "good"}),
 }
 PATHS = ("", "..", "../secret", "/etc/passwd", NUL, "a\nb", "x" * 2000, "missing", "onnx", "~", ".")
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    before = _peak_bytes()
-    yield
-    assert _peak_bytes() - before < MAX_BYTES
-
-
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture

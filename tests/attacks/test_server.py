@@ -18,9 +18,9 @@ from racdeploy.engines.backends.server import ServerEngine
 from racdeploy.engines.backends.server.http import Client
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError
-from tests.attacks.test_inputs import bounded
 from tests.support.completion_server import Reply, models, serving
 from tests.support.errors import raises
+from tests.support.peak_memory import bounded
 
 pytestmark = pytest.mark.answers("M11")
 
