@@ -187,6 +187,11 @@ class Pruning(_Section):
     ignore: tuple[Regex, ...] = ()
     expert_tokens: NonNegativeInt = 0
 
+    def without_zeros(self) -> Self:
+        """Return these settings for a walk that makes no weight zero."""
+        none = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
+        return self.model_copy(update=none)
+
     @model_validator(mode="before")
     @classmethod
     def _fill_method(cls, values: Any) -> Any:
@@ -601,8 +606,7 @@ class Recipe(_Section):
     def without_pruning(self) -> Self:
         """Return this recipe without cuts and zeros, and with one number format for all linears."""
         structure = self.structure.model_copy(update={"keep": {}, "vocabulary_text": ()})
-        none = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        prune = self.prune.model_copy(update=none)
+        prune = self.prune.without_zeros()
         export = self.export.model_copy(update={"tensors": {}})
 
         parts = {"rungs": (), "structure": structure, "prune": prune, "export": export}

@@ -119,8 +119,7 @@ class PruneStage:
         Its zeros are kept, and rounding errors are compensated against its own outputs.
         """
         sparse = Checkpoint(model)
-        no_zeros = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        settings = self.settings.model_copy(update=no_zeros)
+        settings = self.settings.without_zeros()
         identity = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
         stage = self._run(
             "codes", name, sparse, settings=settings, traces=traces, identity=identity
@@ -236,7 +235,7 @@ class PruneStage:
         from racdeploy.pruning.walk.assemble import assemble
 
         # Structure is cut only once; a sparse model comes here for its codes, and keeps its zeros.
-        is_dense = model is self.dense
+        is_dense = model.folder == self.dense.folder
         cuts = self._cuts if is_dense else Structure()
         chosen = self.choose_traces(traces)
         request = PruneRequest(
