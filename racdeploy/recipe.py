@@ -95,6 +95,12 @@ def sparsity_of(zeros: SparsityOrPattern) -> float:
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values; pydantic takes any key, and would change nothing."""
+        unknown = {*(update or {})} - type(self).model_fields.keys()
+        assert not unknown, f"{type(self).__name__} has no {', '.join(sorted(unknown))}"
+        return super().model_copy(update=update, deep=deep)
+
 
 class Traces(_Section):
     """Collection of the model's own chains of thought."""

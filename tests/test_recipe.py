@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from racdeploy.errors import UsageError
-from racdeploy.recipe import EXAMPLE, Recipe, Traces, Verification
+from racdeploy.recipe import EXAMPLE, Pruning, Recipe, Traces, Verification
 from racdeploy.targets import Target
 from tests.support.errors import raises
 
@@ -207,3 +207,10 @@ def test_magnitude_alone_is_plain_magnitude() -> None:
 
     other = Recipe.combine(None, {"prune": {"method": "wanda"}}).prune
     assert (other.match_dense, other.refit_steps) == (True, 20)
+
+
+def test_a_copy_with_a_value_that_the_section_lacks_is_a_mistake() -> None:
+    """A property, or a key of an earlier release: it would be kept aside, and change nothing."""
+    with pytest.raises(AssertionError, match="Pruning has no match_dense"):
+        Pruning().model_copy(update={"match_dense": False})
+    assert not Pruning().model_copy(update={"target": "linear_output"}).match_dense

@@ -21,6 +21,7 @@ from racdeploy.pruning.process_group import SINGLE_PROCESS
 from racdeploy.pruning.walk import batches as batches_module
 from racdeploy.pruning.walk.batches import make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
+from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.survey import survey
@@ -164,6 +165,32 @@ def test_an_effect_is_that_in_the_whole_model(
                 assert seen["unchanged"] < 1e-11
                 assert seen["halved"] == pytest.approx(lost / tokens, rel=1e-4, abs=1e-11)
                 assert lost > 0
+
+
+@pytest.mark.parametrize("target", ["dense_output", "linear_output"])
+def test_the_survey_computes_each_input_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """For one model, whatever pruning will match: there is no other output yet."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
+    computed = []
+    linear_input = CalibrationPass.linear_input
+
+    def count(flow: CalibrationPass, *asked: Any, **named: Any) -> torch.Tensor:
+        computed.append(asked[1:])
+        return linear_input(flow, *asked, **named)
+
+    monkeypatch.setattr(CalibrationPass, "linear_input", count)
+    batches = make_batches(TRACES, ["gcd"], held_out=False)
+    settings = Pruning.model_validate({"target": target})
+    blocks = BlockwiseModel(checkpoint)
+    session = PruningSession(blocks, batches, batches, settings, tmp_path, SINGLE_PROCESS)
+    wanted = {name.removesuffix(".weight") for name in checkpoint.shape.prunable_weights}
+    with torch.inference_mode():
+        survey(session, wanted, lambda *_: {})
+
+    groups = 4  # query, key and value; output; gate and up; down
+    assert len(computed) == groups * checkpoint.shape.block_count * len(batches)
 
 
 def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> list[torch.Tensor]:

@@ -45,7 +45,7 @@ def survey(
         Name → observation, from all processes.
     """
     # Nothing is pruned yet, so there are no other outputs to match.
-    settings = session.settings.model_copy(update={"match_dense": False})
+    settings = session.settings.model_copy(update={"target": "linear_output"})
     session = replace(session, settings=settings)
     blocks = session.model
     probe = max(session.all_calibration_batches, key=lambda batch: batch.tokens)
