@@ -6,21 +6,15 @@ its stored dense answers, its other artifacts, and what was measured in its file
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy import exporting
 from racdeploy.bundles.bundle import BundleToVerify
 from racdeploy.bundles.harness import HarnessRunner
-from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import Json
-from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.plan import BundlePlan, Plan
-from racdeploy.results.pruning import TensorRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.runtime.deployed import DeployedModel, find_served
@@ -28,16 +22,15 @@ from racdeploy.verification.baseline import Baseline, compare_fingerprints
 from racdeploy.verification.evidence import (
     ArmResult,
     Findings,
-    OtherArtifact,
-    StopIds,
     length_budget,
 )
 from racdeploy.verification.examiner import note_resumed_answers
 from racdeploy.verification.gate import Gate
-from racdeploy.verification.measurements import encode_probes, probe_prompts, read_stop_ids
+from racdeploy.verification.measurements import encode_probes
 from racdeploy.verification.plan import estimate_from_arms
 from racdeploy.verification.reference import Reference
 from racdeploy.verification.report_builder import build_report
+from racdeploy.verification.shipped_model import ShippedArtifact, ShippedModel
 from racdeploy.verification.subject import Subject
 
 _NO_LOGITS = "logits were compared when the bundle was built: that needs the dense model and torch"
@@ -45,17 +38,6 @@ _AS_BUILT = (
     "model", "target", "linears", "blocks", "structure", "kept_structure", "recovery", "deviations",
 )  # fmt: skip
 """Fields of the report that are copied from the build."""
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Measured content of an artifact; ``sparsity`` is over the prunable linears."""
-
-    metadata: Json
-    stop_ids: StopIds | None
-    tensors: tuple[TensorRow, ...]
-    prunable: frozenset[str]
-    sparsity: float
 
 
 @dataclass(frozen=True)
@@ -116,10 +98,14 @@ class BundleVerification:
         # The harness goes first: an unknown task fails within a minute.
         harness_runs, harness_notes = self.harness.run(self._fresh) if self.harness else (None, [])
         reference, origin = self._open_reference()
-        subject = Subject.from_deployed(model)
-        findings, ran = self._inspect(model)
-        if not model.url:
-            subject = replace(subject, sparsity=self._main.sparsity)
+        ran: list[str] = []
+        if model.url:
+            subject = Subject.from_deployed(model)
+            accepted = bundle.contents.recipe.export.accept_token_differences
+            findings = Findings(token_differences=accepted)
+        else:
+            subject = self._shipped.main.measured()
+            findings, ran = self._inspect()
         findings = replace(findings, harness=harness_runs)
         evidence, notes = bundle.examiner.examine(subject, reference, findings)
 
@@ -224,115 +210,52 @@ class BundleVerification:
         return notes
 
     @cached_property
-    def _main(self) -> _Measured:
-        """Content of the main artifact."""
-        contents = self.bundle.contents
-        return _measure_artifact(contents, contents.manifest.artifacts[0])
-
-    def _inspect(self, model: DeployedModel) -> tuple[Findings, list[str]]:
-        """Return what is found in the main artifact and by running the others, and notes on it."""
+    def _shipped(self) -> ShippedModel:
+        """The bundle's model, as its manifest and report describe it."""
         bundle, stored = self.bundle, self.bundle.contents
-        accepted = stored.recipe.export.accept_token_differences
-        if model.url:
-            return Findings(token_differences=accepted), []
+        manifest, recipe = stored.manifest, stored.recipe
+        family = find_family({"model_type": manifest.base.get("model_type")})
+        exported = {row.name: row for row in stored.report.tensors}
 
-        others, notes = self._run_others()
-        generation = stored.manifest.generation
+        artifacts = []
+        for entry in manifest.artifacts:
+            settings, path = manifest.run_time(entry), bundle.folder / entry.path
+            subject = Subject.from_deployed(replace(bundle.model, settings=settings, path=path))
+            # The report has the tensors of the first artifact.
+            rows = exported if entry is manifest.artifacts[0] else {}
+            artifact = ShippedArtifact(
+                subject=subject,
+                family=family,
+                format=entry.format,
+                packing=entry.packing,
+                exported=rows,
+            )
+            artifacts.append(artifact)
+
+        requested = manifest.pruning.get("requested_sparsity", recipe.prune.sparsity)
+        return ShippedModel(
+            artifacts=artifacts,
+            prompt_ids={record.question: record.prompt_ids for record in stored.pruned},
+            eos_ids=manifest.tokenizer.eos_ids,
+            requested_sparsity=float(requested),
+            linears=stored.report.linears,
+            token_differences=recipe.export.accept_token_differences,
+        )
+
+    def _inspect(self) -> tuple[Findings, list[str]]:
+        """Return what the files and the other artifacts show, and notes on how they ran."""
+        shipped = self._shipped
+        generation = self.bundle.contents.manifest.generation
+        others, notes = [], []
+        for other, reused in shipped.answer_others(self.bundle.examiner):
+            whose = f"the one for {other.backend}"
+            others.append(other)
+            notes += note_resumed_answers(reused, f" of {whose}")
+            if other.arm.kernels:
+                notes.append(f"{whose} ran on {other.arm.kernels}")
+
         control = describe_control(generation.max_thinking_tokens, generation.thinking)
         if control and generation.thinking != NO_CONTROL:
             notes.append(f"the pruned model ran with its thinking control: {control}")
-
-        sparsity = stored.manifest.pruning.get("requested_sparsity", stored.recipe.prune.sparsity)
-        # The sparsity check must not expect zeros in linears that were to stay dense.
-        dense_rows = (row for row in stored.report.linears if row.requested_sparsity == 0)
-        prompt_ids = {record.question: record.prompt_ids for record in stored.pruned}
-        findings = Findings(
-            probes=None,  # unless the engine has a tokenizer
-            token_differences=accepted,
-            requested_sparsity=float(sparsity),
-            dense_linears=frozenset(row.name for row in dense_rows),
-            tensors=self._main.tensors,
-            prunable=self._main.prunable,
-            prompts=probe_prompts(bundle.model.encoder, self._main.metadata, prompt_ids),
-            stop_ids=self._main.stop_ids,
-            packing=stored.manifest.artifacts[0].packing,
-            other_artifacts=tuple(others),
-        )
+        findings = replace(shipped.inspect(), other_artifacts=tuple(others))
         return findings, [*notes, _NO_LOGITS]
-
-    def _run_others(self) -> tuple[list[OtherArtifact], list[str]]:
-        """Answer with the artifacts for other engines; return them, and notes on how they ran."""
-        bundle, stored = self.bundle, self.bundle.contents
-        artifacts, notes = [], []
-        for entry in stored.manifest.artifacts[1:]:
-            whose = f"the one for {entry.backend}"
-            settings = stored.manifest.run_time(entry)
-            model = replace(bundle.model, settings=settings, path=bundle.folder / entry.path)
-            subject = replace(
-                Subject.from_deployed(model), sparsity=_measure_artifact(stored, entry).sparsity
-            )
-            arm, answers = bundle.examiner.answer(subject, f"pruned, {entry.backend}")
-            artifacts.append(OtherArtifact(arm, entry.backend, model.path, arm.files))
-            notes += note_resumed_answers(answers.reused, f" of {whose}")
-            if arm.kernels:
-                notes.append(f"{whose} ran on {arm.kernels}")
-        return artifacts, notes
-
-
-def _measure_artifact(contents: Baseline, entry: ArtifactEntry) -> _Measured:
-    """Measure tensors, zeros and stop ids of one artifact.
-
-    Raises:
-        ArtifactError: a tensor has a type that cannot be read.
-    """
-    path = contents.folder / entry.path
-    family = find_family({"model_type": contents.manifest.base.get("model_type")})
-    form = exporting.load(entry.format)
-    metadata, tensors = form.measure(path)
-    reasons = {row.name: row.reason for row in contents.report.tensors}
-
-    rows = []
-    prunable = set()
-    zeros = weights = 0.0
-    for tensor in tensors:
-        name = tensor.name
-        if tensor.zeros is None:
-            raise _refuse_unreadable(path, tensor)
-
-        count = math.prod(tensor.shape)
-        if form.is_linear(family, name):
-            prunable.add(name)
-            zeros += tensor.zeros * count
-            weights += count
-
-        rows.append(
-            TensorRow(
-                name=name,
-                # A tensor missing in the report is a constant that the exporter added.
-                requested_quant=entry.quant if name in reasons else tensor.type,
-                actual_quant=tensor.type,
-                zeros=tensor.zeros,
-                size_bytes=tensor.size_bytes,
-                bits=8 * tensor.size_bytes / count,
-                reason=reasons.get(name, ""),
-                packing=tensor.packing,
-            )
-        )
-
-    sparsity = zeros / weights if weights else 0.0
-    stop_ids = read_stop_ids(form.TOKENIZER_PREFIX, metadata, contents.manifest.tokenizer.eos_ids)
-    return _Measured(
-        metadata,
-        stop_ids,
-        tensors=tuple(rows),
-        prunable=frozenset(prunable),
-        sparsity=sparsity,
-    )
-
-
-def _refuse_unreadable(path: Path, tensor: exporting.MeasuredTensor) -> ArtifactError:
-    return ArtifactError(
-        "unreadable-tensor-type",
-        f"{path}: racdeploy cannot read type {tensor.type} of {tensor.name}",
-        remedy="build the bundle again with a quant of: racdeploy plugins",
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
@@ -120,7 +120,7 @@ class Format(Protocol):
 
     ``check_options`` refuses options that cannot work here, before any work. ``artifact_path`` is
     the path of the main file in a bundle. ``measure`` returns scalar metadata and one row per
-    tensor; ``is_linear`` returns True for a row that is a prunable linear. ``companions`` returns
+    tensor. ``companions`` returns
     the texts of additional files that programs expect in the bundle, by path, and ``usage`` the
     lines of the model card on how to run it.
     """
@@ -180,7 +180,15 @@ class Format(Protocol):
 
     def measure(self, path: Path) -> tuple[Json, list[MeasuredTensor]]: ...
 
-    def is_linear(self, family: Family, name: str) -> bool: ...
+    def list_linears(
+        self, family: Family, metadata: Json, tensors: Iterable[MeasuredTensor]
+    ) -> frozenset[str]:
+        """Return the names of the tensors of a file that are prunable linears.
+
+        Args:
+            metadata, tensors: of the file, from ``measure``.
+        """
+        ...
 
     def companions(
         self, manifest: Manifest, checkpoint: Checkpoint, folder: Path

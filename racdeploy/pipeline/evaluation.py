@@ -12,7 +12,6 @@ from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings, Progress
 from racdeploy.exporting import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize_expert
 from racdeploy.pipeline.gates import GateResult
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.structure import measure_kept
@@ -34,10 +33,11 @@ from racdeploy.verification import measurements
 from racdeploy.verification.answer_cache import AnswerCache
 from racdeploy.verification.answer_sampler import SampledAnswers, TraceIds
 from racdeploy.verification.checks import memory, speed
-from racdeploy.verification.evidence import ArmResult, Findings, LogitComparison, OtherArtifact
+from racdeploy.verification.evidence import ArmResult, LogitComparison
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.report_builder import build_report
 from racdeploy.verification.rivals import SAME_SIZE, note_missing_rivals
+from racdeploy.verification.shipped_model import ShippedArtifact, ShippedModel
 from racdeploy.verification.subject import Subject
 from racdeploy.verification.top_logits import compare_checkpoints
 
@@ -131,6 +131,35 @@ class Evaluation:
             size_bytes=exported.size_bytes,
         )
 
+    def _ship(self, model: PrunedModel, exported: Sequence[ExportResult]) -> ShippedModel:
+        """Return the pruned model as the bundle will have it.
+
+        Args:
+            exported: its artifacts, in the order of the job and its siblings.
+        """
+        checkpoint = model.checkpoint
+        artifacts = []
+        for job, result in zip((self.job, *self.job.siblings), exported, strict=True):
+            subject = replace(self, job=job)._make_subject(result, model.folder, self.control)
+            export = job.recipe.export
+            artifact = ShippedArtifact(
+                subject=replace(subject, quant=export.quant),
+                family=checkpoint.family,
+                format=export.format,
+                packing=export.packing,
+                exported={row.name: row for row in measurements.list_tensors(result.tensors)},
+            )
+            artifacts.append(artifact)
+
+        return ShippedModel(
+            artifacts=artifacts,
+            prompt_ids=self._chat_ids(model.folder),
+            eos_ids=checkpoint.eos_ids,
+            requested_sparsity=model.requested_sparsity,
+            linears=model.linears,
+            token_differences=self.job.recipe.export.accept_token_differences,
+        )
+
     def verify(
         self,
         model: PrunedModel,
@@ -146,15 +175,17 @@ class Evaluation:
         do not change the verdict.
         """
         recipe = self.job.recipe
-        arms, traces, notes = self._answer_arms(model, dense, pruned, rivals)
+        shipped = self._ship(model, [pruned, *also])
+        subject = shipped.main.measured()
+        arms, traces, notes = self._answer_arms(subject, dense, rivals)
         dense_arm, pruned_arm, *rival_arms = arms
         findings = replace(
-            self._inspect(model, pruned, gate_result),
+            shipped.inspect(),
+            probes=gate_result.probes,
             rivals=tuple(rival_arms),
             logits=self._compare_logits(model, pruned, traces),
-            other_artifacts=self._answer_other_targets(model, also),
+            other_artifacts=tuple(other for other, _ in shipped.answer_others(self.examiner)),
         )
-        subject = self._make_subject(pruned, model.folder)
         evidence = self.examiner.weigh(subject, dense_arm, pruned_arm, findings)
 
         # Notes follow the order of the build: calibration, pruning, export, gates.
@@ -183,49 +214,17 @@ class Evaluation:
             fingerprint=self.examiner.fingerprint(),
         )
 
-    def _inspect(
-        self, model: PrunedModel, pruned: ExportResult, gate_result: GateResult
-    ) -> Findings:
-        """Return what was measured in the pruned artifact, and by the gates before."""
-        export = self.job.recipe.export
-        form = exporting.load(export.format)
-        metadata, _ = form.measure(pruned.path)
-        prunable = set(map(generalize_expert, model.checkpoint.shape.prunable_weights))
-        encoder = PromptEncoder.from_folder(model.folder)
-        eos_ids = model.checkpoint.eos_ids
-
-        return Findings(
-            requested_sparsity=model.requested_sparsity,
-            tensors=measurements.list_tensors(pruned.tensors),
-            prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
-            dense_linears=frozenset(r.name for r in model.linears if r.requested_sparsity == 0),
-            probes=gate_result.probes,
-            token_differences=export.accept_token_differences,
-            prompts=measurements.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
-            stop_ids=measurements.read_stop_ids(form.TOKENIZER_PREFIX, metadata, eos_ids),
-            packing=export.packing,
-        )
-
     def _answer_arms(
-        self,
-        model: PrunedModel,
-        dense: ExportResult,
-        pruned: ExportResult,
-        rivals: Sequence[ExportedArm],
+        self, shipped: Subject, dense: ExportResult, rivals: Sequence[ExportedArm]
     ) -> tuple[list[ArmResult], tuple[TraceIds, ...], list[str]]:
         """Return dense, pruned and rival arms, the dense traces, and notes on earlier answers."""
         job = self.job
-        asked = [
-            ExportedArm("dense", job.reference_quant, dense, job.model.folder),
-            ExportedArm(
-                "pruned", job.recipe.export.quant, pruned, model.folder, control=self.control
-            ),
-        ]
+        dense_arm = ExportedArm("dense", job.reference_quant, dense, job.model.folder)
+        answered = [self._ask(dense_arm), self.examiner.answer(shipped, "pruned")]
         for rival in rivals:
             # What was pruned has the control that ships.
             is_dense = rival.name.startswith("dense")
-            asked.append(rival if is_dense else replace(rival, control=self.control))
-        answered = [self._ask(candidate) for candidate in asked]
+            answered.append(self._ask(rival if is_dense else replace(rival, control=self.control)))
 
         if job.recipe.recover.shorten and SAME_SIZE in job.recipe.verify.controls:
             lengths = []
@@ -234,7 +233,7 @@ class Evaluation:
             words = job.recipe.runtime.thinking.hesitation
             controls = list_dense_controls(job.encoder, words, *lengths)
             for name, control in controls.items():
-                answered.append(self._ask(replace(asked[0], name=name, control=control)))
+                answered.append(self._ask(replace(dense_arm, name=name, control=control)))
 
         # Speed of an earlier run is not compared with speed of this one.
         counted_before = all(answers.reused_stats for _, answers in answered)
@@ -252,25 +251,6 @@ class Evaluation:
                 )
 
         return arms, answered[0][1].traces, notes
-
-    def _answer_other_targets(
-        self, model: PrunedModel, also: Sequence[ExportResult]
-    ) -> tuple[OtherArtifact, ...]:
-        """Answer with the artifacts of the other targets."""
-        artifacts = []
-        for job, exported in zip(self.job.siblings, also, strict=True):
-            candidate = ExportedArm(
-                f"pruned, {job.backend}",
-                job.recipe.export.quant,
-                exported,
-                model.folder,
-                control=self.control,
-            )
-            arm, answers = replace(self, job=job)._ask(candidate)
-            arm = replace(arm, stats=answers.reused_stats or answers.stats)
-            artifacts.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
-
-        return tuple(artifacts)
 
     def _compare_logits(
         self, model: PrunedModel, pruned: ExportResult, traces: Sequence[TraceIds]

@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from racdeploy.errors import UsageError
@@ -21,9 +20,9 @@ from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.plan import ComparisonPlan, Plan
 from racdeploy.results.report import COMPARED_ROLES, Report
 from racdeploy.runtime.deployed import DeployedModel, is_url
-from racdeploy.verification.evidence import Findings, PromptProbe, StopIds
+from racdeploy.verification.evidence import Findings, StopIds
 from racdeploy.verification.examiner import Examiner
-from racdeploy.verification.measurements import MAX_PROMPTS, encode_probes, probe_tokens
+from racdeploy.verification.measurements import encode_probes, probe_prompts, probe_tokens
 from racdeploy.verification.plan import Expectation
 from racdeploy.verification.reference import Reference
 from racdeploy.verification.report_builder import build_report
@@ -129,19 +128,9 @@ class ModelComparison:
         encoder, tokenizer = model.encoder, model.settings.tokenizer
         # Both templates, beginning-of-sequence included.
         asked = {record.question: record.prompt_ids for record in reference.arm.records}
-        prompts = []
-        for question, ids in islice(asked.items(), MAX_PROMPTS):
-            probe = PromptProbe(
-                question=question,
-                expected=ids,
-                rendered=tuple(encoder.encode(question)),
-                artifact=None,
-                bos_ids=(),
-            )
-            prompts.append(probe)
         findings = Findings(
             probes=probe_tokens(encoder.encode_text, reference.probes),
-            prompts=tuple(prompts),
+            prompts=probe_prompts(encoder, asked),
             stop_ids=StopIds(reference.stop_ids, model.eos_id, tokenizer.eos_ids),
             open_tags=(reference.open_tag, tokenizer.open_tag or ""),
             roles=COMPARED_ROLES,

@@ -48,18 +48,18 @@ def probe_tokens(
 
 
 def probe_prompts(
-    encoder: PromptEncoder, metadata: Mapping[str, Any], expected: Mapping[str, Sequence[int]]
+    encoder: PromptEncoder,
+    expected: Mapping[str, Sequence[int]],
+    inside: PromptEncoder | None = None,
+    bos_ids: Ids = (),
 ) -> tuple[PromptProbe, ...]:
-    """Render questions with the bundle's template, and with the artifact's own if it has one.
+    """Render questions with a model's template, and with the one inside its file if it has one.
 
     Args:
-        metadata: of the artifact, as in GGUF.
         expected: prompt ids by question; the first 64 questions are rendered.
+        inside: encoder with the template in the file.
+        bos_ids: beginning-of-sequence that may also precede the expected ids.
     """
-    source = metadata.get("tokenizer.chat_template")
-    inside = encoder.with_template(source) if isinstance(source, str) else None
-    lead = tuple(encoder.encode_text(encoder.lead))
-
     probes = []
     for question, ids in itertools.islice(expected.items(), MAX_PROMPTS):
         probe = PromptProbe(
@@ -67,10 +67,22 @@ def probe_prompts(
             expected=tuple(ids),
             rendered=tuple(encoder.encode(question)),
             artifact=None if inside is None else tuple(inside.encode(question)),
-            bos_ids=lead,
+            bos_ids=bos_ids,
         )
         probes.append(probe)
     return tuple(probes)
+
+
+def probe_shipped_prompts(
+    encoder: PromptEncoder, metadata: Mapping[str, Any], expected: Mapping[str, Sequence[int]]
+) -> tuple[PromptProbe, ...]:
+    """Render questions with the template that ships, and with that in the artifact's metadata.
+
+    The beginning-of-sequence that the tokenizer adds may be missing in the expected ids.
+    """
+    source = metadata.get("tokenizer.chat_template")
+    inside = encoder.with_template(source) if isinstance(source, str) else None
+    return probe_prompts(encoder, expected, inside, tuple(encoder.encode_text(encoder.lead)))
 
 
 def read_stop_ids(

@@ -14,6 +14,7 @@ import pytest
 from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import build_skeleton
 from racdeploy.errors import ModelError
+from racdeploy.exporting import gguf
 from racdeploy.models import families, family_parts
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.family_lookup import NearestFamily, find_family
@@ -108,6 +109,16 @@ def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -
     }
     found = {name.partition(".")[2] for name in found}
     assert found == {*family.linears, *family.never_pruned}
+
+
+def test_the_linears_of_a_file_are_those_that_pruning_may_change(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A build knows them by their names in the checkpoint, a bundle by those in its file."""
+    result = gguf.export(checkpoint, tmp_path / "model.gguf", quant="f16")
+    prunable = set(map(families.generalize_expert, checkpoint.shape.prunable_weights))
+    pruned = {tensor.name for tensor in result.tensors if tensor.source in prunable}
+    assert gguf.list_linears(checkpoint.family, *gguf.measure(result.path)) == pruned
 
 
 def test_the_last_linears_of_attention_and_feed_forward_end_their_part(

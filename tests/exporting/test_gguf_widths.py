@@ -20,7 +20,7 @@ from racdeploy.engines.backends.transformers.torch_model import GgmlRounding
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import ExportResult
 from racdeploy.exporting import gguf as gguf_format
-from racdeploy.exporting.gguf import export, is_linear, unsupported_reason
+from racdeploy.exporting.gguf import export, list_linears, measure, unsupported_reason
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import IMPORTANCE_FILE
@@ -327,7 +327,8 @@ def test_parts_and_packed_files_hold_the_same(tmp_path: Path, family: str) -> No
     packed = export(checkpoint, tmp_path / "whole.racgguf", quant="q8_0", packing="bitmask")
     plain = gguf_format.unpack(packed.path, tmp_path / "unpacked.gguf")
     assert file_sha256(plain) == whole.sha256
-    linears = [t for t in packed.tensors if is_linear(checkpoint.family, t.name)]
+    prunable = list_linears(checkpoint.family, *measure(packed.path))
+    linears = [tensor for tensor in packed.tensors if tensor.name in prunable]
     assert {t.packing for t in linears} == {"bitmask"}
     assert {t.source.rpartition(".")[2] for t in linears} == {"weight"}
     assert all(t.zeros >= 0.5 for t in linears)

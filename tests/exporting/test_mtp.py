@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.exporting.gguf import export
+from racdeploy.exporting.gguf import export, list_linears, measure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tensor_coverage import check_known_tensors
 from racdeploy.pruning.walk.assemble import CutShape, assemble
@@ -122,3 +122,15 @@ def test_one_that_does_not_fit_is_left_out(folder: Path, tmp_path: Path, damage:
     assert "multi-token prediction" in checkpoint.notes[0]
     file = export(checkpoint, tmp_path / "model.gguf", quant="f32").path
     assert not any("nextn" in tensor.name for tensor in gguf.GGUFReader(file).tensors)
+
+
+def test_the_head_has_no_linears_that_pruning_changes(folder: Path, tmp_path: Path) -> None:
+    """Else a bundle's verification would miss zeros in the head, which keeps all its weights."""
+    checkpoint = Checkpoint(folder)
+    result = export(checkpoint, tmp_path / "model.gguf", quant="q8_0")
+    linears = list_linears(checkpoint.family, *measure(result.path))
+    prunable = checkpoint.shape.prunable_weights
+    assert linears == {tensor.name for tensor in result.tensors if tensor.source in prunable}
+    head = [tensor.name for tensor in result.tensors if tensor.source.startswith("mtp.layers.")]
+    assert head
+    assert not linears & {*head}

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.engines.backends.transformers.torch_model import load_model
-from racdeploy.exporting.onnx import export, exporter_choice, is_linear, measure
+from racdeploy.exporting.onnx import export, exporter_choice, list_linears, measure
 from racdeploy.exporting.onnx import exporters as onnx_exporters
 from racdeploy.exporting.onnx import writer as onnx_writer
 from racdeploy.exporting.onnx.exporter_choice import VerifiedGraph, export_verified_graph
@@ -204,7 +204,9 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path, q
     assert {t.source for t in result.tensors} == set(checkpoint.entries)
     (pruned,) = (tensor for tensor in result.tensors if tensor.source == PRUNED)
     assert pruned.zeros >= 0.5
-    linears = [name for name in rows if is_linear(checkpoint.family, name)]
+    linears = list_linears(checkpoint.family, *measure(out))
+    prunable = checkpoint.shape.prunable_weights
+    assert linears == {tensor.name for tensor in result.tensors if tensor.source in prunable}
     assert len(linears) == 7 * checkpoint.shape.block_count
     embedding = rows["model.embed_tokens.weight"]
     assert embedding.type == (quant if quant in ("f32", "f16") else "matmulnbits_8")

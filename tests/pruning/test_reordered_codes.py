@@ -46,10 +46,11 @@ def _prune(folder: Path, case: dict[str, Any], quant: str) -> Checkpoint:
 def _read(pruned: Checkpoint, file: Path, quant: str) -> dict[str, NDArray[np.float32]]:
     """Return the linears of a file of the pruned model, in float32."""
     gguf.export(pruned, file, quant=quant)
+    linears = gguf.list_linears(pruned.family, *gguf.measure(file))
     return {
         tensor.name: gguf_py.dequantize(tensor.data, tensor.tensor_type)
         for tensor in gguf_py.GGUFReader(file).tensors
-        if gguf.is_linear(pruned.family, tensor.name)
+        if tensor.name in linears
     }
 
 

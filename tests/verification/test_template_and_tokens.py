@@ -16,7 +16,7 @@ from racdeploy.models.sources import EMBEDDED, resolve_model
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verification.checks import template, tokens
 from racdeploy.verification.evidence import Evidence, Outcome, StopIds, TokenProbe
-from racdeploy.verification.measurements import probe_prompts, read_stop_ids
+from racdeploy.verification.measurements import probe_prompts, probe_shipped_prompts, read_stop_ids
 from tests.support.errors import raises
 from tests.support.evidence import make_evidence
 from tests.support.records import arm_of, record
@@ -40,7 +40,9 @@ def _evidence(**more: object) -> Evidence:
 
 def _checked(folder: Path, metadata: dict[str, object], expected: dict[str, list[int]]) -> Outcome:
     return template.check(
-        _evidence(prompts=probe_prompts(PromptEncoder.from_folder(folder), metadata, expected))
+        _evidence(
+            prompts=probe_shipped_prompts(PromptEncoder.from_folder(folder), metadata, expected)
+        )
     )
 
 
@@ -112,7 +114,7 @@ def test_nothing_recorded_is_inconclusive(folder: Path) -> None:
 def test_other_thinking_tags_are_a_finding(folder: Path) -> None:
     """Of equal prompts, too: where a tag is a token, another name for it has the same id."""
     encoder, expected = PromptEncoder.from_folder(folder), _expected(folder)
-    prompts = probe_prompts(encoder, {}, expected)
+    prompts = probe_prompts(encoder, expected)
     found = template.check(_evidence(prompts=prompts, open_tags=("<think>", "<thought>")))
     assert found.verdict == "fail"
     assert "thoughts begin with <think> in the reference, with <thought> in" in found.summary

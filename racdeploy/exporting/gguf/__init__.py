@@ -5,10 +5,12 @@ Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gg
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from racdeploy import packing as packings
 from racdeploy.errors import UsageError
+from racdeploy.exporting import MeasuredTensor
 from racdeploy.exporting.gguf.architecture import unsupported_reason as unsupported_reason
 from racdeploy.exporting.gguf.measurement import measure as measure
 from racdeploy.exporting.gguf.programs import companions as companions
@@ -17,6 +19,7 @@ from racdeploy.exporting.gguf.tokenizer import (
     write_approximate_tokenizer as write_approximate_tokenizer,
 )
 from racdeploy.exporting.gguf.writer import export as export
+from racdeploy.files.reading import Json
 from racdeploy.files.writing import refuse_overwrite
 from racdeploy.models.families import Family
 from racdeploy.packing import racgguf
@@ -36,18 +39,32 @@ def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
     return PurePosixPath(f"{name}{packings.load_gguf(packing).SUFFIX}")
 
 
-def is_linear(family: Family, name: str) -> bool:
-    """Return True if a tensor of the file is a prunable linear."""
+def list_linears(
+    family: Family, metadata: Json, tensors: Iterable[MeasuredTensor]
+) -> frozenset[str]:
+    """Return the names of the tensors that are prunable linears."""
     # The file may be of the family's architecture with widths per block, which names them its way.
     forms = [family]
     if family.per_block_arch:
         forms.append(family.with_per_block_arch())
 
-    linears: set[str] = set()
+    endings: set[str] = set()
     for form in forms:
         for linear in family.linears:
-            linears.update(form.list_gguf_names(f"{linear}.weight"))
-    return name.split(".", 2)[-1] in linears
+            endings.update(form.list_gguf_names(f"{linear}.weight"))
+
+    # The blocks of a multi-token-prediction head come last. They have the same names, and all
+    # their weights.
+    architecture = metadata["general.architecture"]
+    mtp_blocks = metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    blocks = metadata[f"{architecture}.block_count"] - mtp_blocks
+
+    linears = []
+    for tensor in tensors:
+        block, _, ending = tensor.name.removeprefix("blk.").partition(".")
+        if ending in endings and int(block) < blocks:
+            linears.append(tensor.name)
+    return frozenset(linears)
 
 
 def check_options(**options: object) -> None:

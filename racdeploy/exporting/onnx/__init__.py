@@ -10,14 +10,16 @@ Inputs and outputs are those of the exporter, in float32 or int64; ``past_key_va
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
+from racdeploy.exporting import MeasuredTensor
 from racdeploy.exporting.onnx.client_files import companions as companions
 from racdeploy.exporting.onnx.client_files import name_graph
 from racdeploy.exporting.onnx.exporter_choice import check_exporter
 from racdeploy.exporting.onnx.measurement import measure as measure
 from racdeploy.exporting.onnx.writer import export as export
+from racdeploy.files.reading import Json
 from racdeploy.manifest import ArtifactEntry, GenerationSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
@@ -37,10 +39,14 @@ def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
     return PurePosixPath("onnx") / name_graph(quant)
 
 
-def is_linear(family: Family, name: str) -> bool:
-    """Return True if a tensor of the file is a prunable linear."""
+def list_linears(
+    family: Family, metadata: Json, tensors: Iterable[MeasuredTensor]
+) -> frozenset[str]:
+    """Return the names of the tensors that are prunable linears."""
     ends = tuple(f".{linear}.weight" for linear in family.linears)
-    return name.startswith(f"{family.blocks}.") and name.endswith(ends)
+    blocks = f"{family.blocks}."
+    names = [tensor.name for tensor in tensors]
+    return frozenset(name for name in names if name.startswith(blocks) and name.endswith(ends))
 
 
 def check_options(*, exporter: str) -> None:
