@@ -6,14 +6,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import Json, check_version, describe_validation_error, read_json
 from racdeploy.files.sha256_cache import has_sha256
 from racdeploy.files.writing import file_sha256
+from racdeploy.results.pruning import KeptStructure, LinearRow, StructureRow
 from racdeploy.results.schema import FiniteNonNegative, PositiveCount, Share
 
 MANIFEST_NAME = "racdeploy.json"
@@ -30,34 +40,8 @@ BundlePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Files = Annotated[dict[BundlePath, Sha256], Field(max_length=1024)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-
-
-def _check_base(base: Json) -> Json:
-    name = base.get("name")  # of the model in every report
-    if not isinstance(name, str) or not name:
-        raise ValueError("name is missing, or not a string")
-    for key in ("model", "revision", "license", "model_type"):
-        if not isinstance(base.get(key), str | None):
-            raise ValueError(f"{key} is not a string")
-    if not isinstance(base.get("files", {}), dict):
-        raise ValueError("files is not an object")
-    return base
-
-
-def _check_pruning(pruning: Json) -> Json:
-    for key, value in pruning.items():
-        if not key.startswith("sparsity"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ValueError(f"{key} is not a number from 0 to 1")
-    return pruning
-
-
-def _check_headline(headline: Json) -> Json:
-    for arm in ("dense", "pruned"):
-        if not isinstance(headline.get(arm, {}), dict):
-            raise ValueError(f"{arm} is not an object")
-    return headline
+_Zeros = Annotated[float, Field(ge=0, le=1, strict=True)]
+_DIFFERENCES = ("drop", "length_ratio")
 
 
 class _Entry(BaseModel):
@@ -198,26 +182,145 @@ class RunTimeSettings:
     generation: GenerationSettings
 
 
+class _OpenEntry(BaseModel):
+    """Entry that may have keys which this release does not know."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class BaseEntry(_OpenEntry):
+    """Dense model of a bundle.
+
+    Args:
+        model: name or folder that the user gave.
+        name: of the model in every report.
+        revision: the Hub's commit; empty for a local folder.
+        files: SHA-256 of each file of the model.
+    """
+
+    model: str | None = None
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    license: str | None = None
+    architecture: str | None = None
+    model_type: str | None = None
+    files: dict[str, str] = {}
+
+
+class _KeptShares(_Entry):
+    keep: dict[str, float]
+    uniform: bool
+
+
+# Fields are written in this order: those of the last class first.
+class StructureEntry(KeptStructure, _KeptShares):
+    """Structured pruning: kept shares of the recipe, and kept sizes."""
+
+    block_rows: tuple[StructureRow, ...]
+
+
+class PruningEntry(_OpenEntry):
+    """Zeros and cuts of the pruned model; None where the manifest does not say it.
+
+    Args:
+        sparsity: of the pruned model's linears.
+        sparsity_file: of the first artifact; rounding adds zeros or loses them.
+        structure: None if nothing was cut.
+    """
+
+    method: str | None = None
+    pattern: str | None = None
+    sparsity: _Zeros | None = None
+    requested_sparsity: _Zeros | None = None
+    sparsity_file: _Zeros | None = None
+    linears: tuple[LinearRow, ...] = ()
+    structure: StructureEntry | None = None
+
+    # In the file, an empty object stands for no cut.
+    @field_validator("structure", mode="before")
+    @classmethod
+    def _read_structure(cls, value: Any) -> Any:
+        return value or None
+
+    @field_serializer("structure")
+    def _write_structure(self, value: StructureEntry | None) -> StructureEntry | dict[str, Any]:
+        return value or {}
+
+
+class HeadlineArm(_OpenEntry):
+    """Main figures of a model; those that were not measured are None.
+
+    Args:
+        parameters: only where structure was cut.
+    """
+
+    accuracy: float | None = None
+    thinking_tokens_mean: float | None = None
+    unclosed: int | None = None
+    size_bytes: int | None = None
+    tokens_per_s: float | None = None
+    prompts: int | None = None
+    parameters: int | None = None
+
+
+class Headline(_Entry):
+    """Main figures of the verification, for programs that read only the manifest.
+
+    Args:
+        arms: figures by the name of the model; ``dense`` and ``pruned`` are the compared ones.
+        drop, length_ratio: differences of the compared models, as in the report.
+    """
+
+    arms: dict[str, HeadlineArm] = {}
+    drop: float | None = None
+    length_ratio: float | None = None
+
+    @property
+    def dense(self) -> HeadlineArm:
+        """Figures of the dense model, all None if it has none."""
+        return self.arms.get("dense", HeadlineArm())
+
+    @property
+    def pruned(self) -> HeadlineArm:
+        """Figures of the pruned model, all None if it has none."""
+        return self.arms.get("pruned", HeadlineArm())
+
+    # In the file, the models stand beside the differences.
+    @model_validator(mode="before")
+    @classmethod
+    def _read_arms(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "arms" in values:
+            return values
+        differences = {key: values[key] for key in _DIFFERENCES if key in values}
+        arms = {key: value for key, value in values.items() if key not in differences}
+        return {"arms": arms, **differences}
+
+    @model_serializer
+    def _write_arms(self) -> dict[str, Any]:
+        arms = {name: arm.model_dump(exclude_unset=True) for name, arm in self.arms.items()}
+        given = [key for key in _DIFFERENCES if key in self.model_fields_set]
+        return arms | {key: getattr(self, key) for key in given}
+
+
 class Manifest(_Entry):
     """Contents of ``racdeploy.json``.
 
-    ``base`` has model, revision, license and file hashes; ``traces`` has hash and counts;
-    ``pruning`` has sparsity and error; ``verdict`` and ``headline`` are the verification's result.
+    ``traces`` has hash and counts; ``verdict`` and ``headline`` are the verification's result.
     ``dense_tokenizer`` is set if the pruned model has a smaller vocabulary.
     """
 
     schema_version: Literal[2] = 2
     racdeploy_version: str
-    base: Annotated[Json, AfterValidator(_check_base)]
+    base: BaseEntry
     recipe: Json
     traces: Json
-    pruning: Annotated[Json, AfterValidator(_check_pruning)]
+    pruning: PruningEntry
     artifacts: tuple[ArtifactEntry, ...] = Field(min_length=1, max_length=64)
     tokenizer: TokenizerEntry
     dense_tokenizer: TokenizerEntry | None = None
     generation: GenerationSettings
     verdict: str
-    headline: Annotated[Json, AfterValidator(_check_headline)]
+    headline: Headline
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
@@ -276,8 +379,7 @@ class Manifest(_Entry):
 
     def run_time(self, artifact: ArtifactEntry) -> RunTimeSettings:
         """Return what is needed to ask one of the artifacts."""
-        name = str(self.base["name"])
-        return RunTimeSettings(name, artifact, self.tokenizer, self.generation)
+        return RunTimeSettings(self.base.name, artifact, self.tokenizer, self.generation)
 
     def of_dense_model(self) -> Self:
         """Return the manifest with the dense model's tokenizer, and without thinking control."""

@@ -166,6 +166,10 @@ def test_a_manifest_cannot_name_files_outside(bundle: Path, tmp_path: Path, path
         {"generation": {"temperature": "hot"}},
         {"base": {"model": "a model without a name"}},
         {"base": {"name": 7}},
+        {"base": {"name": "a model", "files": 7}},
+        {"pruning": {"sparsity": True}},
+        {"pruning": {"sparsity_file": "0.5"}},
+        {"headline": {"pruned": 0.5}},
     ],
 )
 def test_a_damaged_manifest_is_an_error(
@@ -174,6 +178,72 @@ def test_a_damaged_manifest_is_an_error(
     """Missing parts, unknown keys and wrong types are refused with the place."""
     with raises("invalid-manifest", *changes):
         Manifest.read(_edited(bundle, tmp_path, **changes))
+
+
+_STRUCTURE = {
+    "keep": {"ffn": 0.75},
+    "uniform": False,
+    "parameters": 900,
+    "parameters_dense": 1000,
+    "blocks": 1,
+    "blocks_dense": 1,
+    "key_value_heads": 2,
+    "key_value_heads_dense": 2,
+    "vocabulary": 64,
+    "vocabulary_dense": 64,
+    "block_rows": [],
+}
+_ARM = {
+    "accuracy": 0.5,
+    "thinking_tokens_mean": 12.5,
+    "unclosed": 0,
+    "size_bytes": None,
+    "tokens_per_s": None,
+    "prompts": 60,
+}
+_COUNTED = _ARM | {"parameters": 900}
+_DIFFERENCES = {"drop": 0.0, "length_ratio": None}
+
+
+@pytest.mark.parametrize("structure", [{}, _STRUCTURE], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    "headline",
+    [
+        {},
+        {"dense": _ARM, "pruned": _ARM, **_DIFFERENCES},
+        {"dense": _COUNTED, "pruned": _COUNTED, "dense q4_0": _ARM, **_DIFFERENCES},
+    ],
+    ids=["nothing measured", "two models", "cut, beside a rival"],
+)
+def test_a_manifest_is_written_with_the_keys_that_it_was_read_with(
+    bundle: Path, tmp_path: Path, structure: dict[str, Any], headline: dict[str, Any]
+) -> None:
+    """The same keys in the same order: programs read them, and signatures are of the bytes."""
+    pruning = {
+        "method": "sparsegpt",
+        "pattern": "unstructured",
+        "sparsity": 0.5,
+        "requested_sparsity": 0.5,
+        "sparsity_file": 0.5,
+        "linears": [],
+        "structure": structure,
+    }
+    copy = _edited(bundle, tmp_path, pruning=pruning, headline=headline)
+    text = (copy / MANIFEST_NAME).read_text()
+    assert json.dumps(json.loads(Manifest.read(copy).model_dump_json())) == text
+
+
+def test_keys_of_a_later_release_are_ignored(bundle: Path, tmp_path: Path) -> None:
+    """What describes a model may say more; what opens files may not."""
+    later = {
+        "base": {"name": "tiny", "languages": ["en"]},
+        "pruning": {"sparsity": 0.5, "rank": 8},
+        "headline": {"dense": {"accuracy": 0.5, "energy_j": 3.0}},
+    }
+    manifest = Manifest.read(_edited(bundle, tmp_path, **later))
+    assert manifest.base.name == "tiny"
+    assert manifest.pruning.sparsity == 0.5
+    assert manifest.headline.dense.accuracy == 0.5
 
 
 def test_a_bundle_of_an_earlier_version_is_to_be_built_again(bundle: Path, tmp_path: Path) -> None:

@@ -241,10 +241,10 @@ def find_dense_artifact(bundle: Path, work: Path) -> Path:
         return file
 
     manifest = Manifest.read(bundle)
-    name, entry = manifest.base.get("name", "the model"), manifest.artifacts[0]
+    entry = manifest.artifacts[0]
     raise ArtifactError(
         "no-dense-artifact",
-        f"no stage in {work} contains the dense {dense.quant} artifact of {name}",
+        f"no stage in {work} contains the dense {dense.quant} artifact of {manifest.base.name}",
         remedy=f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, then give "
         "the file with --dense; or name the build's folder with --work",
     )

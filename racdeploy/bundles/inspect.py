@@ -150,9 +150,9 @@ def _inspect_bundle(path: Path) -> Inspection:
 
     summary = {
         "bundle": str(path),
-        "base": manifest.base.get("model", _UNKNOWN),
-        "method": manifest.pruning.get("method", _UNKNOWN),
-        "pattern": manifest.pruning.get("pattern", _UNKNOWN),
+        "base": manifest.base.model or _UNKNOWN,
+        "method": manifest.pruning.method or _UNKNOWN,
+        "pattern": manifest.pruning.pattern or _UNKNOWN,
         "artifact": main.path,
         "quant": main.quant,
         "packing": main.packing,

@@ -214,7 +214,7 @@ class BundleVerification:
         """The bundle's model, as its manifest and report describe it."""
         bundle, stored = self.bundle, self.bundle.contents
         manifest, recipe = stored.manifest, stored.recipe
-        family = find_family({"model_type": manifest.base.get("model_type")})
+        family = find_family({"model_type": manifest.base.model_type})
         exported = {row.name: row for row in stored.report.tensors}
 
         artifacts = []
@@ -232,12 +232,14 @@ class BundleVerification:
             )
             artifacts.append(artifact)
 
-        requested = manifest.pruning.get("requested_sparsity", recipe.prune.sparsity)
+        requested = manifest.pruning.requested_sparsity
+        if requested is None:
+            requested = recipe.prune.sparsity
         return ShippedModel(
             artifacts=artifacts,
             prompt_ids={record.question: record.prompt_ids for record in stored.pruned},
             eos_ids=manifest.tokenizer.eos_ids,
-            requested_sparsity=float(requested),
+            requested_sparsity=requested,
             linears=stored.report.linears,
             token_differences=recipe.export.accept_token_differences,
         )

@@ -17,7 +17,6 @@ from racdeploy import __version__, exporting, plugins
 from racdeploy import manifest as manifests
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.exporting import ExportResult
-from racdeploy.files.reading import Json
 from racdeploy.files.templates import render_text
 from racdeploy.files.writing import atomic_folder, file_sha256
 from racdeploy.manifest import CONFIG_FILES, TokenizerEntry
@@ -34,7 +33,7 @@ from racdeploy.report.files import render_reports
 from racdeploy.report.recovery import describe_recovery, to_csv
 from racdeploy.report.structure import describe_remaining
 from racdeploy.report.summary import describe_lost_zeros, describe_token_differences
-from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.answers import AnswerRecord, ArmSummary
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
@@ -129,7 +128,7 @@ def check_replaceable(out: Path) -> None:
         described = ""
         with suppress(ArtifactError):  # a damaged one
             old = manifests.Manifest.read(out)
-            described = f", of {old.base['model']}: {old.artifacts[0].path}, {old.verdict}"
+            described = f", of {old.base.model}: {old.artifacts[0].path}, {old.verdict}"
         notify(f"replaces the bundle {out}{described}")
 
 
@@ -221,27 +220,26 @@ def _make_manifest(folder: Path, contents: BundleContents) -> manifests.Manifest
 
     return manifests.Manifest(
         racdeploy_version=__version__,
-        base={
-            "model": model.origin,
-            "name": model.name,
-            "revision": model.revision,
-            "license": checkpoint.license,
-            "architecture": checkpoint.family.architecture,
-            "model_type": checkpoint.config["model_type"],
-            "files": {file.name: file_sha256(file) for file in Checkpoint(model.folder).files()},
-        },
+        base=manifests.BaseEntry(
+            model=model.origin,
+            name=model.name,
+            revision=model.revision,
+            license=checkpoint.license,
+            architecture=checkpoint.family.architecture,
+            model_type=checkpoint.config["model_type"],
+            files={file.name: file_sha256(file) for file in Checkpoint(model.folder).files()},
+        ),
         recipe=recipe.model_dump(mode="json"),
         traces=dict(contents.traces),
-        pruning={
-            "method": name_method(recipe),
-            "pattern": recipe.prune.pattern,
-            # Rounding adds zeros or loses them, so the file has its own number.
-            "sparsity": contents.model.sparsity,
-            "requested_sparsity": contents.model.requested_sparsity,
-            "sparsity_file": _sparsity_in_file(contents),
-            "linears": [row.model_dump() for row in report.linears],
-            "structure": _describe_structure(contents),
-        },
+        pruning=manifests.PruningEntry(
+            method=name_method(recipe),
+            pattern=recipe.prune.pattern,
+            sparsity=contents.model.sparsity,
+            requested_sparsity=contents.model.requested_sparsity,
+            sparsity_file=_sparsity_in_file(contents),
+            linears=report.linears,
+            structure=_describe_structure(contents),
+        ),
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
         tokenizer=tokenizer.model_copy(update={"differences": differences}),
         dense_tokenizer=dense,
@@ -286,41 +284,44 @@ def _count_differences(report: Report) -> manifests.AcceptedTokenDifferences | N
     )
 
 
-def _describe_structure(contents: BundleContents) -> Json:
-    """Return the kept shares of the recipe and the kept sizes; empty if nothing was cut."""
+def _describe_structure(contents: BundleContents) -> manifests.StructureEntry | None:
+    """Return the kept shares of the recipe and the kept sizes; None if nothing was cut."""
     structure, report = contents.job.recipe.structure, contents.report
     if report.kept_structure is None:
-        return {}
+        return None
 
-    return {
-        "keep": {part: structure.kept_share(part) for part in structure.cut_parts},
-        "uniform": structure.uniform,
+    return manifests.StructureEntry(
+        keep={part: structure.kept_share(part) for part in structure.cut_parts},
+        uniform=structure.uniform,
         **report.kept_structure.model_dump(),
-        "block_rows": [row.model_dump() for row in report.structure],
-    }
+        block_rows=report.structure,
+    )
 
 
-def _make_headline(report: Report) -> Json:
+def _make_headline(report: Report) -> manifests.Headline:
     """Return the main figures of each model, for programs that read only the manifest."""
-    headline: Json = {
-        arm.name: {
-            "accuracy": arm.accuracy,
-            "thinking_tokens_mean": arm.thinking_tokens_mean,
-            "unclosed": arm.unclosed,
-            "size_bytes": arm.size_bytes,
-            "tokens_per_s": arm.tokens_per_s,
-            "prompts": arm.prompts,
-        }
-        for arm in report.arms
-    }
+    arms = {arm.name: _summarize_arm(arm) for arm in report.arms}
 
-    if report.kept_structure:
-        headline["dense"]["parameters"] = report.kept_structure.parameters_dense
-        headline["pruned"]["parameters"] = report.kept_structure.parameters
-    if report.comparison:
-        headline["drop"] = report.comparison.drop
-        headline["length_ratio"] = report.comparison.length_ratio
-    return headline
+    if whole := report.kept_structure:
+        counts = {"dense": whole.parameters_dense, "pruned": whole.parameters}
+        for name, parameters in counts.items():
+            arms[name] = arms[name].model_copy(update={"parameters": parameters})
+
+    if report.comparison is None:
+        return manifests.Headline(arms=arms)
+    drop, length_ratio = report.comparison.drop, report.comparison.length_ratio
+    return manifests.Headline(arms=arms, drop=drop, length_ratio=length_ratio)
+
+
+def _summarize_arm(arm: ArmSummary) -> manifests.HeadlineArm:
+    return manifests.HeadlineArm(
+        accuracy=arm.accuracy,
+        thinking_tokens_mean=arm.thinking_tokens_mean,
+        unclosed=arm.unclosed,
+        size_bytes=arm.size_bytes,
+        tokens_per_s=arm.tokens_per_s,
+        prompts=arm.prompts,
+    )
 
 
 def _describe_calibration(recipe: Recipe) -> str:
@@ -345,7 +346,7 @@ def _sparsity_in_file(contents: BundleContents) -> float:
 def _render_card(manifest: manifests.Manifest, contents: BundleContents) -> str:
     """Return a model card with Hub metadata, which precedes the report."""
     job, report, base, entries = contents.job, contents.report, manifest.base, manifest.artifacts
-    own_name = base["model"] if job.model.is_from_hub else base["name"]
+    own_name = base.model if job.model.is_from_hub else base.name
 
     usages = [exporting.load(entry.format).usage(entry, manifest.generation) for entry in entries]
 

@@ -69,8 +69,8 @@ class Baseline:
         Raises:
             ArtifactError: files of the two models differ, or none are recorded.
         """
-        files = manifest.base.get("files", {})
-        own_files = self.manifest.base.get("files", {})
+        files = manifest.base.files
+        own_files = self.manifest.base.files
         changed = sorted(
             name for name in {*files, *own_files} if files.get(name) != own_files.get(name)
         )
@@ -78,7 +78,7 @@ class Baseline:
             raise ArtifactError(
                 "baseline-of-other-model",
                 f"{self.folder} has the answers of another dense model, "
-                f"{self.manifest.base.get('name')!r}: "
+                f"{self.manifest.base.name!r}: "
                 f"{', '.join(changed) or 'it names no files'} differ",
                 remedy="give a bundle of the same dense model with --baseline",
             )

@@ -17,7 +17,7 @@ from racdeploy.cli.app import app
 from racdeploy.engines.engine import Completion, Engine, EngineSettings, Sampling
 from racdeploy.exporting import ExportResult, count_weight_bytes
 from racdeploy.files.stages import Stage
-from racdeploy.manifest import Manifest
+from racdeploy.manifest import BaseEntry, Manifest
 from tests.support.errors import raises
 from tests.support.sample_report import arm, build_report
 from tests.support.tiny_artifacts import CONTEXT_TOKENS, make_bundle
@@ -175,7 +175,7 @@ def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -
     """
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
-    manifest = Manifest.read(bundle).model_copy(update={"base": {"name": "tiny"}})
+    manifest = Manifest.read(bundle).model_copy(update={"base": BaseEntry(name="tiny")})
     (copy / "racdeploy.json").write_text(manifest.model_dump_json())
     dense = arm("dense", 200, quant="q8_0", files={"right.gguf": "a" * 64})
     report = build_report().model_copy(update={"arms": (dense,)})

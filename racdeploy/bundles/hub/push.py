@@ -43,17 +43,17 @@ def write_card(repository: str, bundles: Mapping[str, Manifest]) -> str:
     manifests = ordered.values()
     entries = [entry for manifest in manifests for entry in manifest.artifacts]
     formats = sorted({entry.format for entry in entries})
-    zeros = max(manifest.pruning.get("sparsity_file", 0.0) for manifest in manifests)
+    zeros = max(manifest.pruning.sparsity_file or 0.0 for manifest in manifests)
 
     return render_text(
         "racdeploy.bundles.hub",
         "card.jinja",
-        licenses=[each.base["license"] for each in manifests if each.base.get("license")],
+        licenses=[each.base.license for each in manifests if each.base.license],
         base_models=sorted({name for each in manifests if (name := _find_base_model(each))}),
         library=plugins.read_constants("formats", formats[0])["HUB_LIBRARY"],
         tags=["racdeploy", *(["sparse"] if zeros >= _SPARSE_FROM else []), "reasoning", *formats],
         repository=repository,
-        names=sorted({_plain(each.base.get("name", "a model")) for each in manifests}),
+        names=sorted({_plain(each.base.name) for each in manifests}),
         bundles=ordered,
         has_commands=any(map(_is_stock, entries)),
         mark=CARD_MARK,
@@ -68,8 +68,8 @@ def write_card(repository: str, bundles: Mapping[str, Manifest]) -> str:
 
 def _find_base_model(manifest: Manifest) -> str:
     """Return the Hub id of the base model; empty if it was a local folder."""
-    name = str(manifest.base.get("model", ""))
-    return name if manifest.base.get("revision") and _HUB_ID.fullmatch(name) else ""
+    name = manifest.base.model or ""
+    return name if manifest.base.revision and _HUB_ID.fullmatch(name) else ""
 
 
 def _is_stock(entry: ArtifactEntry) -> bool:

@@ -48,7 +48,7 @@ def target(data: bytes) -> None:
     with contextlib.suppress(RacdeployError):
         _choose_context(manifest.generation, 1 << 20)
     with contextlib.suppress(RacdeployError):
-        find_family({"model_type": manifest.base.get("model_type")})
+        find_family({"model_type": manifest.base.model_type})
     with contextlib.suppress(RacdeployError):
         write_card("acme/thinker", {"one": manifest})
 
