@@ -47,6 +47,15 @@ def read_scores(tokens: Tokens, model: Path, *, has_fallback: bool) -> dict[str,
     return None if wrong else scores
 
 
+def list_scores(tokens: Tokens, scores: Mapping[str, float], size: int) -> tuple[float, ...]:
+    """Return the score of each row of the embedding."""
+    in_order = []
+    for i in range(size):
+        score = scores.get(tokens.texts.get(i, ""), UNUSED_SCORE)
+        in_order.append(ADDED_SCORE if i in tokens.added else score)
+    return tuple(in_order)
+
+
 def check_bytes(vocab: Mapping[str, int]) -> None:
     """Refuse a vocabulary without a token for each byte."""
     if missing := sorted(BYTE_PIECES - vocab.keys()):

@@ -14,8 +14,8 @@ from dataclasses import replace
 from racdeploy.errors import ModelError
 from racdeploy.exporting.gguf.piece_scores import (
     ADDED_SCORE,
-    UNUSED_SCORE,
     check_bytes,
+    list_scores,
     read_scores,
 )
 from racdeploy.exporting.gguf.pretokenizers import format_steps
@@ -24,7 +24,6 @@ from racdeploy.exporting.gguf.vocabulary import Vocabulary
 from racdeploy.files.reading import Json
 from racdeploy.models.bpe import SPACE
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.tokenizer_files import read_tokenizer
 
 GEMMA4 = "gemma4"
 """llama.cpp's name for BPE with merges of SentencePiece's pieces, without byte mapping."""
@@ -41,8 +40,14 @@ _FORMS: tuple[tuple[list[Json], list[Json], bool], ...] = (
 )
 
 
-def read_pieces(checkpoint: Checkpoint, tokens: Tokens, special: SpecialTokens) -> Vocabulary:
-    """Return the tokenizer of a checkpoint: with scores, or with merges in the form of Gemma 4."""
+def read_pieces(
+    checkpoint: Checkpoint, tokens: Tokens, special: SpecialTokens, encode: Encode
+) -> Vocabulary:
+    """Return the tokenizer of a checkpoint: with scores, or with merges in the form of Gemma 4.
+
+    Args:
+        encode: returns the ids of a text, by the tokenizers library.
+    """
     add_space_prefix = adds_space_prefix(tokens)
     _check_added_tokens(tokens.added, add_space_prefix)
     is_gemma4 = checkpoint.family.gguf_arch == GEMMA4 and can_be_gemma4(tokens, add_space_prefix)
@@ -56,7 +61,7 @@ def read_pieces(checkpoint: Checkpoint, tokens: Tokens, special: SpecialTokens) 
     if scores is not None:
         return Vocabulary(
             model="llama",
-            scores=_list_scores(tokens, scores, size),
+            scores=list_scores(tokens, scores, size),
             texts=tokens.list_texts(size, plain_spaces=True),
             types=tokens.list_types(size),
             special=special,
@@ -64,7 +69,6 @@ def read_pieces(checkpoint: Checkpoint, tokens: Tokens, special: SpecialTokens) 
             add_space_prefix=add_space_prefix,
         )
 
-    encode = read_tokenizer(checkpoint.tokenizer.file).encode
     check_merges(tokens.vocab, tokens.added_texts, encode)
     merging = Vocabulary(
         model=GEMMA4,
@@ -170,12 +174,3 @@ def _as_converted(vocabulary: Vocabulary) -> Vocabulary:
         add_space_prefix=False,
         special=replace(vocabulary.special, adds={**vocabulary.special.adds, "bos": True}),
     )
-
-
-def _list_scores(tokens: Tokens, scores: Mapping[str, float], size: int) -> tuple[float, ...]:
-    """Return the score of each row of the embedding."""
-    in_order = []
-    for i in range(size):
-        score = scores.get(tokens.texts.get(i, ""), UNUSED_SCORE)
-        in_order.append(ADDED_SCORE if i in tokens.added else score)
-    return tuple(in_order)

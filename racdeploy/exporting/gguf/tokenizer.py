@@ -22,6 +22,7 @@ from racdeploy.exporting.gguf.sentencepiece import (
 from racdeploy.exporting.gguf.tokens import Tokens, read_special_tokens
 from racdeploy.exporting.gguf.vocabulary import Vocabulary
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.tokenizer_files import check_ids, read_tokenizer
 from racdeploy.models.tokenizer_schema import flatten_sequence
 
 
@@ -35,12 +36,16 @@ def read_vocabulary(
         approximate: accept the nearest one if llama.cpp has no equal.
     """
     tokens = Tokens.read(checkpoint)
-    tokens.check_ids(checkpoint)
-    special = read_special_tokens(checkpoint, tokens)
-    if tokens.is_sentencepiece:
-        return read_pieces(checkpoint, tokens, special)
+    file = checkpoint.tokenizer.file
+    library = read_tokenizer(file)
+    check_ids(file, tokens.texts.items(), library.get_vocab(with_added_tokens=True))
 
     size = checkpoint.shape.vocab_size
+    tokens.check_size(size)
+    special = read_special_tokens(checkpoint, tokens)
+    if tokens.is_sentencepiece:
+        return read_pieces(checkpoint, tokens, special, library.encode)
+
     types, texts = tokens.list_types(size), tokens.list_texts(size)
     note = describe_lost_normalizer(tokens.normalizers)
     if not pre_tokenizer:

@@ -15,7 +15,7 @@ from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.files.reading import Json
 from racdeploy.models.bpe import BYTE_PIECES, SPACE, Pair
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.tokenizer_files import check_ids, find_token_ids, read_tokenizer, token_text
+from racdeploy.models.tokenizer_files import find_token_ids, token_text
 from racdeploy.models.tokenizer_schema import flatten_sequence, read_merges
 
 # Tokens at which llama.cpp stops without being told.
@@ -87,12 +87,8 @@ class Tokens:
         """Texts of the added tokens."""
         return frozenset(token["content"] for token in self.added.values())
 
-    def check_ids(self, checkpoint: Checkpoint) -> None:
-        """Refuse ids that the tokenizers library assigns differently or the model does not have."""
-        file = checkpoint.tokenizer.file
-        check_ids(file, self.texts.items(), read_tokenizer(file).get_vocab(with_added_tokens=True))
-
-        size = checkpoint.shape.vocab_size
+    def check_size(self, size: int) -> None:
+        """Refuse ids that a model with this vocabulary does not have."""
         if self.texts and max(self.texts) >= size:
             raise ModelError(
                 "token-outside-vocabulary",
