@@ -41,6 +41,9 @@ from racdeploy.tensors.safetensors import (
     to_float32,
 )
 
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""End of the names of buffers in old checkpoints that transformers computes itself."""
+
 
 def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
     """Return every tensor of a folder by name, without its values.
@@ -169,6 +172,16 @@ class Checkpoint:
     def all_entries(self) -> Mapping[str, TensorEntry]:
         """The tensors of the model and of its multi-token-prediction head."""
         return {**self.entries, **self.mtp_entries}
+
+    @cached_property
+    def used_entries(self) -> Mapping[str, TensorEntry]:
+        """Tensors that the model computes with: no old buffers, no copy of the embedding."""
+        used = {}
+        for name, entry in self.entries.items():
+            is_copy = name == "lm_head.weight" and self.tied
+            if not is_copy and not name.endswith(IGNORED_SUFFIX):
+                used[name] = entry
+        return used
 
     @property
     def parameters(self) -> int:

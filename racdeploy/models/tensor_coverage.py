@@ -1,16 +1,14 @@
-"""Checks that a checkpoint has all tensors of its architecture, and no others."""
+"""Checks that a checkpoint has all tensors of its architecture in their shapes, and no others."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from racdeploy.errors import ModelError
-from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.checkpoint import IGNORED_SUFFIX, Checkpoint
 from racdeploy.models.families import find_expert, generalize_expert, star_numbers
 
-IGNORED_SUFFIX = ".rotary_emb.inv_freq"
-"""End of the names of buffers in old checkpoints that transformers computes itself."""
 _SHOWN = 8
 
 
@@ -33,24 +31,37 @@ def check_known_tensors(checkpoint: Checkpoint) -> None:
         raise _refuse_unknown(checkpoint, unknown)
 
 
-def list_used_tensors(checkpoint: Checkpoint) -> frozenset[str]:
-    """Return the tensors that the model computes with: no old buffers, no copy of the embedding."""
-    unused = {"lm_head.weight"} if checkpoint.tied else set()
-    return (
-        frozenset(name for name in checkpoint.entries if not name.endswith(IGNORED_SUFFIX)) - unused
-    )
-
-
 def check_tensors(
-    checkpoint: Checkpoint, expected: Set[str], optional: Set[str] = frozenset()
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, Sequence[int]],
+    optional: Set[str] = frozenset(),
 ) -> None:
-    """Refuse a checkpoint with other tensors than expected; optional ones may be missing."""
-    used = list_used_tensors(checkpoint)
-    if unknown := used - expected:
+    """Refuse a checkpoint with other tensors than expected, or in other shapes.
+
+    Args:
+        shapes: name → shape of each expected tensor, by the config.
+        optional: names of tensors that may be missing.
+    """
+    used = checkpoint.used_entries
+    if unknown := used.keys() - shapes.keys():
         raise _refuse_unknown(checkpoint, sorted(unknown))
 
-    needed = expected - optional - ({"lm_head.weight"} if checkpoint.tied else set())
-    if missing := needed - used:
+    tied_head = {"lm_head.weight"} if checkpoint.tied else set()
+    check_present(checkpoint, shapes.keys() - optional - tied_head)
+
+    for name, expected in shapes.items():
+        if name in used and used[name].shape != tuple(expected):
+            raise ModelError(
+                "wrong-tensor-shape",
+                f"{checkpoint.folder}: {name!r} has shape {list(used[name].shape)}, its config.json"
+                f" means {list(expected)}",
+                remedy="the weights and the config belong to different models",
+            )
+
+
+def check_present(checkpoint: Checkpoint, needed: Set[str]) -> None:
+    """Refuse a checkpoint that lacks tensors which the model computes with."""
+    if missing := needed - checkpoint.used_entries.keys():
         raise ModelError(
             "missing-tensors",
             f"{checkpoint.folder} lacks {len(missing)} tensors: {shorten_names(sorted(missing))}",

@@ -13,8 +13,7 @@ from racdeploy.extras import PACKAGES, is_installed
 from racdeploy.files.writing import require_space
 from racdeploy.models.tensor_coverage import (
     check_known_tensors,
-    check_tensors,
-    list_used_tensors,
+    check_present,
     shorten_names,
 )
 from racdeploy.pipeline import bundling
@@ -106,7 +105,7 @@ def check_model(job: Job) -> None:
     if job.vocabulary:
         job.vocabulary.choose()
     check_structure(job)
-    check_tensors(checkpoint, list_used_tensors(checkpoint).union(job.prunable_weights))
+    check_present(checkpoint, set(job.prunable_weights))
     _check_dense(job)
     _ = job.rounding_quants
 
@@ -240,8 +239,7 @@ def _check_tensors(job: Job) -> None:
         return
 
     from racdeploy.exporting.gguf.architecture import find_architecture
-    from racdeploy.exporting.gguf.tensors import plan_tensors
-    from racdeploy.exporting.gguf.writer import describe_importance
+    from racdeploy.exporting.gguf.tensors import describe_importance, plan_tensors
     from racdeploy.quant.importance import Importance
 
     family = find_architecture(job.checkpoint).family

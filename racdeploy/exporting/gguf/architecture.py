@@ -14,7 +14,6 @@ from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
-from racdeploy.models.tensor_coverage import list_used_tensors
 from racdeploy.results.pruning import DeviationRow
 
 
@@ -139,7 +138,7 @@ def _reason_against_per_block(checkpoint: Checkpoint) -> str:
     if other.tied and not checkpoint.tied:
         return f"{prefix}, which has no output projection of its own, and this model has one"
 
-    for name in sorted(list_used_tensors(checkpoint)):
+    for name in sorted(checkpoint.used_entries):
         stored = family.block_tensors.get(family.split_block(name)[1], "")
         linear = stored.removesuffix(".bias")
         if linear != stored and linear not in other.biases:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import quant as quants
-from racdeploy.errors import ModelError
+from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.exporting.gguf.parameters import make_rope_factors
 from racdeploy.models import mtp, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.conversion import Conversion, find_conversion
 from racdeploy.models.decoder import Transform
 from racdeploy.models.families import ANY_EXPERT, Family, expand_experts
-from racdeploy.models.tensor_coverage import check_tensors, list_used_tensors
+from racdeploy.models.tensor_coverage import check_tensors
 from racdeploy.plugins import Names
 from racdeploy.quant.grid import Floats
 from racdeploy.quant.importance import Importance
@@ -155,6 +155,32 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, mix: QuantRules) -> lis
     return plan
 
 
+def describe_importance(
+    known: Importance, plan: list[GgufTensorPlan], packed: Set[str] = frozenset()
+) -> list[str]:
+    """Return a note on the matrices rounded with an importance; refuse that of another model.
+
+    Args:
+        packed: names of the tensors that the checkpoint has in their format, so none is chosen.
+    """
+    quantized = [tensor for tensor in plan if tensor.is_quantized]
+    weighted = [tensor for tensor in quantized if tensor.has_importance(known)]
+    if quantized and not weighted:
+        raise ArtifactError(
+            "importance-of-other-model",
+            f"{known.file} names no tensor of this model",
+            remedy="leave export.importance out",
+        )
+
+    searched = sum(tensor.name not in packed and tensor.uses_importance for tensor in weighted)
+    if not searched:
+        return []
+    return [
+        f"scales of {searched} of {len(quantized)} quantized matrices are chosen by the importance"
+        " of their inputs"
+    ]
+
+
 @dataclass
 class _FileTensor:
     """A tensor of the architecture, whether or not the checkpoint has it.
@@ -206,9 +232,6 @@ class _Planner:
 
     def plan_tensor(self, tensor: _FileTensor) -> GgufTensorPlan:
         """Plan a tensor of the architecture that the checkpoint has."""
-        for part, inside in tensor.inside_by_part:
-            _check_shape(self.checkpoint, tensor.block, inside, part)
-
         parts = {part: self.checkpoint.entries[part] for part in tensor.parts}
         first = parts[tensor.parts[0]]
         inside = tensor.insides[0]
@@ -377,10 +400,16 @@ def _list_tensors(checkpoint: Checkpoint, family: Family) -> list[_FileTensor]:
 
 
 def _check_complete(checkpoint: Checkpoint, family: Family, tensors: Sequence[_FileTensor]) -> None:
-    """Refuse missing and unknown tensors; a linear has a bias in all blocks or in none."""
-    inside_by_part = dict(pair for tensor in tensors for pair in tensor.inside_by_part)
+    """Refuse missing, unknown and misshapen tensors; a linear has a bias in all blocks or none."""
+    inside_by_part = {}
+    shapes = {}
+    for tensor in tensors:
+        sizes = checkpoint.shape.sizes[tensor.block or 0]
+        for part, inside in tensor.inside_by_part:
+            inside_by_part[part] = inside
+            shapes[part] = widths.tensor_shape(checkpoint.family, inside, sizes)
 
-    used = list_used_tensors(checkpoint)
+    used = checkpoint.used_entries
     biases = {part: inside for part, inside in inside_by_part.items() if part.endswith(".bias")}
     biased = {inside for part, inside in biases.items() if part in used}
     optional = {part for part, inside in biases.items() if inside not in biased}
@@ -388,7 +417,7 @@ def _check_complete(checkpoint: Checkpoint, family: Family, tensors: Sequence[_F
         allowed = family.state.optional
         optional |= {part for part, inside in inside_by_part.items() if inside in allowed}
 
-    check_tensors(checkpoint, inside_by_part.keys(), optional)
+    check_tensors(checkpoint, shapes, optional)
 
     for inside in sorted(biased):
         if family.block_tensors[inside].removesuffix(".bias") not in family.biases:
@@ -396,16 +425,3 @@ def _check_complete(checkpoint: Checkpoint, family: Family, tensors: Sequence[_F
                 "unsupported-by-llama-cpp",
                 f"llama.cpp's {family.gguf_arch} models have no {inside}, and this checkpoint does",
             )
-
-
-def _check_shape(checkpoint: Checkpoint, block: int | None, inside: str, part: str) -> None:
-    sizes = checkpoint.shape.sizes[block or 0]
-    expected = list(widths.tensor_shape(checkpoint.family, inside, sizes))
-
-    shape = list(checkpoint.entries[part].shape)
-    if shape != expected:
-        raise ModelError(
-            "wrong-tensor-shape",
-            f"{checkpoint.folder}: {part!r} has shape {shape}, its config.json means {expected}",
-            remedy="the weights and the config belong to different models",
-        )

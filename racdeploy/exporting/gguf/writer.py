@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import UsageError
 from racdeploy.exporting import (
     ExportedTensor,
     ExportResult,
@@ -22,7 +22,11 @@ from racdeploy.exporting.gguf.header import RESERVED_KEYS, make_general_metadata
 from racdeploy.exporting.gguf.parameters import check_parameters
 from racdeploy.exporting.gguf.splits import assign_files
 from racdeploy.exporting.gguf.tensor_writer import TensorWriter
-from racdeploy.exporting.gguf.tensors import GgufTensorPlan, plan_tensors
+from racdeploy.exporting.gguf.tensors import (
+    GgufTensorPlan,
+    describe_importance,
+    plan_tensors,
+)
 from racdeploy.exporting.gguf.tokenizer import read_vocabulary
 from racdeploy.exporting.gguf.vocabulary import Vocabulary
 from racdeploy.files.partials import partial_folder
@@ -184,32 +188,6 @@ def make_plan(
         notes=notes,
         deviations=deviations,
     )
-
-
-def describe_importance(
-    known: Importance, plan: list[GgufTensorPlan], packed: Set[str] = frozenset()
-) -> list[str]:
-    """Return a note on the matrices rounded with an importance; refuse that of another model.
-
-    Args:
-        packed: names of the tensors that the checkpoint has in their format, so none is chosen.
-    """
-    quantized = [tensor for tensor in plan if tensor.is_quantized]
-    weighted = [tensor for tensor in quantized if tensor.has_importance(known)]
-    if quantized and not weighted:
-        raise ArtifactError(
-            "importance-of-other-model",
-            f"{known.file} names no tensor of this model",
-            remedy="leave export.importance out",
-        )
-
-    searched = sum(tensor.name not in packed and tensor.uses_importance for tensor in weighted)
-    if not searched:
-        return []
-    return [
-        f"scales of {searched} of {len(quantized)} quantized matrices are chosen by the importance"
-        " of their inputs"
-    ]
 
 
 def _write_parts(

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from racdeploy.errors import EngineError
 from racdeploy.exporting.onnx.client_files import fix_head_size
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.tensor_coverage import list_used_tensors
 from racdeploy.packing.onnx.file import read_array
 from racdeploy.quant.grid import Floats
 from racdeploy.tensors.safetensors import to_float32
@@ -56,7 +55,7 @@ def strip_weights(file: Path, checkpoint: Checkpoint) -> WeightlessGraph:
     wiring.rewire()
 
     used = wiring.linears | wiring.embeddings | wiring.vectors
-    if missing := sorted(list_used_tensors(checkpoint) - used):
+    if missing := sorted(checkpoint.used_entries.keys() - used):
         raise EngineError(
             "graph-differs",
             f"the graph lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}",

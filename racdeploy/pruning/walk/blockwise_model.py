@@ -41,7 +41,9 @@ class BlockwiseModel:
         self.device = device
         self._compute = compute
         self._model = build_skeleton(checkpoint)
-        check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
+        check_tensors(
+            checkpoint, {name: value.shape for name, value in self._model.named_parameters()}
+        )
 
         self._has_per_layer_inputs = "P" in checkpoint.family.sizes
         self._altup = AltUp(checkpoint) if checkpoint.family.altup else None
