@@ -30,7 +30,7 @@ class BlockLayout:
     head_bytes: int  # in front of a block: its scales, which belong to no single weight
     plane_bits: tuple[int, ...]  # bits of a code in each plane, low ones first
     code_dtype: str  # unsigned numpy type of a code; codes of 4 bits are two a byte, low bits first
-    xor_byte: int  # every byte behind the head is XORed with it: the code of zero becomes 0
+    zero_code: int  # codes are XORed with it, so that zero becomes 0
 
     def count_weights(self, plain_bytes: int) -> int:
         return plain_bytes // self.block_bytes * self.block_weights
@@ -62,36 +62,39 @@ class BlockLayout:
     def split(self, body_GP: Bytes) -> NDArray[Any]:
         """Return the codes of blocks, given the bytes behind their heads."""
         if self.has_fifth_bits:
-            return _split_q5_0(body_GP)
+            return _split_q5_0(body_GP, self.zero_code)
         return self._flip(np.ascontiguousarray(body_GP).reshape(-1)).view(self.code_dtype)
 
     def join(self, codes: NDArray[Any]) -> Bytes:
         """Return the bytes behind the heads of blocks, given their codes."""
         if self.has_fifth_bits:
-            return _join_q5_0(codes)
+            return _join_q5_0(codes, self.zero_code)
         return self._flip(codes.view(np.uint8))
 
     def _flip(self, body: Bytes) -> Bytes:
-        return body ^ np.uint8(self.xor_byte) if self.xor_byte else body
+        if not self.zero_code:
+            return body
+        assert self.plane_bits == (4,), "of whole codes only those of two a byte are flipped"
+        return body ^ np.uint8(self.zero_code | self.zero_code << 4)
 
 
-def _split_q5_0(body_GP: Bytes) -> Bytes:
+def _split_q5_0(body_GP: Bytes, zero_code: int) -> Bytes:
     """Return the codes of q5_0 blocks, in which a byte of nibbles pairs weights n and n + 16."""
     # The fifth bits of all weights are in front, four bytes a block; bring them to the nibbles.
     high_GS = np.unpackbits(body_GP[:, :4], axis=1, bitorder="little") << 4
-    high_GS ^= np.uint8(16)  # a code of 16 is zero
 
     nibbles_GP = body_GP[:, 4:]
     code_GS = np.empty_like(high_GS)
 
     code_GS[:, ::2] = nibbles_GP & 15 | high_GS[:, :16]
     code_GS[:, 1::2] = nibbles_GP >> 4 | high_GS[:, 16:]
+    code_GS ^= np.uint8(zero_code)
     return code_GS.reshape(-1)
 
 
-def _join_q5_0(codes: Bytes) -> Bytes:
+def _join_q5_0(codes: Bytes, zero_code: int) -> Bytes:
     """Return the fifth bits and nibbles of q5_0 blocks, as :func:`_split_q5_0` takes them."""
-    pair_GS = codes.view("<u2").reshape(-1, 16) ^ np.uint16(0x1010)  # of weights 0 and 16
+    pair_GS = (codes ^ np.uint8(zero_code)).view("<u2").reshape(-1, 16)  # of weights 0 and 16
     body_GP = np.empty((len(pair_GS), 20), dtype=np.uint8)
 
     high_GXS = np.stack([pair_GS & 0x0010, pair_GS & 0x1000], axis=1) != 0
@@ -100,7 +103,7 @@ def _join_q5_0(codes: Bytes) -> Bytes:
     return body_GP.reshape(-1)
 
 
-def _describe(name: str, widths: tuple[int, ...], kind: str, xor_byte: int = 0) -> BlockLayout:
+def _describe(name: str, widths: tuple[int, ...], kind: str, zero_code: int = 0) -> BlockLayout:
     """Return the layout of a ggml type whose blocks begin with their scales."""
     _, _, weights, size_bytes = GGML_TYPES[name]
     head_bytes = size_bytes - weights * sum(widths) // 8
@@ -111,15 +114,15 @@ def _describe(name: str, widths: tuple[int, ...], kind: str, xor_byte: int = 0) 
         head_bytes=head_bytes,
         plane_bits=widths,
         code_dtype=kind,
-        xor_byte=xor_byte,
+        zero_code=zero_code,
     )
 
 
 _KNOWN = (
     _describe("f32", (8, 8, 8, 8), "<u4"),
     _describe("f16", (8, 8), "<u2"),
-    _describe("q4_0", (4,), "u1", xor_byte=0x88),  # a nibble of 8 is zero
-    _describe("q5_0", (4, 1), "u1"),
+    _describe("q4_0", (4,), "u1", zero_code=8),
+    _describe("q5_0", (4, 1), "u1", zero_code=16),
     _describe("q8_0", (8,), "u1"),
     _describe("bf16", (8, 8), "<u2"),
     _describe("mxfp4", (4,), "u1"),

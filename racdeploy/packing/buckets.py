@@ -21,6 +21,8 @@ from racdeploy.packing.block_layouts import Bytes
 TABLE_BYTES = 48
 _CODES = 16
 _BUCKETS = 32
+_BUCKET_NUMBER_BITS = 5
+_WORD_CODES = 4
 _WORD_BITS = 16
 _WORDS = 1 << _WORD_BITS
 _COST_STEPS = 8  # steps of a cost in one bit
@@ -35,6 +37,11 @@ _LOWER_HALF = np.array(0x0000FFFF, dtype=np.uint32)
 _UPPER_HALF = np.array(0xFFFF0000, dtype=np.uint32)
 _5, _31 = np.array(5), np.array(31)
 _WINDOW = np.dtype("<u8")
+
+
+def count_number_bytes(codes: int) -> int:
+    """Return the bytes of the bucket numbers of codes: one number for each word."""
+    return codes // _WORD_CODES * _BUCKET_NUMBER_BITS // 8
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
 from racdeploy.packing.block_layouts import CHUNK_WEIGHTS, BlockLayout, Bytes
-from racdeploy.packing.buckets import BucketTable
+from racdeploy.packing.buckets import BucketTable, count_number_bytes
 from racdeploy.packing.masks import count_mask_bytes, pack_mask, unpack_mask
 
 ReadBytes = Callable[[int], Bytes]
@@ -46,6 +46,11 @@ def count_codes(layout: BlockLayout, plain: Bytes) -> NDArray[np.int64]:
         return np.asarray(pairs.sum(0) + pairs.sum(1))
     kept = int(np.count_nonzero(codes))
     return np.array([codes.size - kept, kept])
+
+
+def count_map_bytes(layout: BlockLayout, weights: int) -> int:
+    """Return the bytes in front of the codes of chunks: their bucket numbers, or their mask."""
+    return count_number_bytes(weights) if layout.uses_words else count_mask_bytes(weights)
 
 
 def pack_chunk(layout: BlockLayout, plain: Bytes, index: int, table: BucketTable | None) -> bytes:
@@ -94,11 +99,11 @@ def unpack_chunk(
         )
 
     # Bucket numbers or a mask, then planes: those of heads, then those of codes.
-    first = take(5 * blocks if table else count_mask_bytes(weights))
+    first = take(count_map_bytes(layout, weights))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
 
     if table:
-        body = table.decode(first, take(sizes[0]), layout.xor_byte & 15)
+        body = table.decode(first, take(sizes[0]), layout.zero_code)
     else:
         keep = _unpack_mask(first, weights)
         codes = np.zeros(weights, dtype=layout.code_dtype)

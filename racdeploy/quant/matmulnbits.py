@@ -19,6 +19,11 @@ from racdeploy.quant.grid import Bytes, Floats, Grid, GridCodes, whole_codes
 BLOCK_SIZE = 32
 
 
+def zero_code(bits: int) -> int:
+    """Return the code of zero without zero points: the middle one."""
+    return 1 << (bits - 1)
+
+
 @dataclass(frozen=True)
 class MatMulNBitsBlocks:
     """Quantized rows, 4 or 8 bits per code; without zero_OG the middle code is zero."""
@@ -74,7 +79,7 @@ class MatMulNBitsBlocks:
         """Return float32 weight_OI: (code − zero) · scale, as onnxruntime computes it."""
         code_OGS = self.code_OI.reshape(len(self.code_OI), -1, BLOCK_SIZE).astype(np.float32)
         if self.zero_OG is None:
-            code_OGS -= _middle(self.bits)
+            code_OGS -= np.float32(zero_code(self.bits))
         else:
             code_OGS -= self.zero_OG[:, :, None]
         weight_OGS = code_OGS * self.scale_OG.astype(np.float32)[:, :, None]
@@ -124,7 +129,7 @@ def quantize_symmetric(weight_OI: Floats, bits: int) -> MatMulNBitsBlocks:
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
     index_OG1 = np.abs(weight_OGS).argmax(axis=2, keepdims=True)
     extreme_OG = np.take_along_axis(weight_OGS, index_OG1, axis=2)[:, :, 0]
-    scale_OG = (extreme_OG / -_middle(bits)).astype(np.float16)
+    scale_OG = (extreme_OG / -np.float32(zero_code(bits))).astype(np.float16)
     return MatMulNBitsBlocks(
         bits, round_to_codes(weight_OI, scale_OG.astype(np.float32), bits), scale_OG
     )
@@ -133,7 +138,7 @@ def quantize_symmetric(weight_OI: Floats, bits: int) -> MatMulNBitsBlocks:
 def round_to_codes(weight_OI: Floats, scale_OG: Floats, bits: int) -> Bytes:
     """Return the nearest codes; a block of zeros has the scale 0 and the middle code."""
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
-    code_OGS = weight_OGS * invert(scale_OG)[:, :, None] + _middle(bits)
+    code_OGS = weight_OGS * invert(scale_OG)[:, :, None] + np.float32(zero_code(bits))
     max_code = np.float32((1 << bits) - 1)
     # onnxruntime rounds halves up, numpy's rint rounds them to even.
     code_OGS = np.clip(np.floor(code_OGS + np.float32(0.5)), 0, max_code)
@@ -143,10 +148,6 @@ def round_to_codes(weight_OI: Floats, scale_OG: Floats, bits: int) -> Bytes:
 def invert(scale: Floats) -> Floats:
     """Return 1 / scale, and 0 for the scale 0 of a block of zeros."""
     return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-
-
-def _middle(bits: int) -> np.float32:
-    return np.float32(1 << (bits - 1))
 
 
 def _pack_nibbles(code_OI: Bytes) -> Bytes:
@@ -161,7 +162,7 @@ def unpack_nibbles(code_OP: Bytes, count: int) -> Bytes:
 
 def make_symmetric_grid(bits: int) -> Grid:
     """Return the grid of codes without zero points."""
-    middle = 1 << (bits - 1)
+    middle = zero_code(bits)
     return Grid(
         values=whole_codes(-middle, middle - 1),
         block_size=BLOCK_SIZE,

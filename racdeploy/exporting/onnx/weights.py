@@ -18,7 +18,7 @@ from racdeploy.exporting.onnx.graph import WeightlessGraph
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, rows_to_arrays
-from racdeploy.quant.matmulnbits import BLOCK_SIZE
+from racdeploy.quant.matmulnbits import BLOCK_SIZE, zero_code
 from racdeploy.results.pruning import VECTORS_IN_F32
 from racdeploy.tensors.safetensors import PackedEntry, to_float32
 
@@ -198,7 +198,8 @@ def _make_block_lookup(node: NodeProto, tensor: GraphTensor, shared: Shared) -> 
     """
     assert tensor.quant == _WIDE, "an embedding keeps at least 8 bits"
     block_shape = _share_integers(shared, [0, 0, -1, BLOCK_SIZE])
-    zero_code = _share(shared, "Constant", [], f"{NODE_PREFIX}zero_code", value_float=128.0)
+    middle = float(zero_code(8))
+    zero = _share(shared, "Constant", [], f"{NODE_PREFIX}zero_code", value_float=middle)
     last_axis = _share_integers(shared, [-1])
     row_shape = _share_integers(shared, [0, 0, tensor.shape[1]])
     indices = node.input[1]
@@ -212,7 +213,7 @@ def _make_block_lookup(node: NodeProto, tensor: GraphTensor, shared: Shared) -> 
     yield _make_step("Gather", [tensor.name, indices], codes, axis=0)
     yield _make_step("Cast", [codes], wide, to=TensorProto.FLOAT)
     yield _make_step("Reshape", [wide, block_shape], coded)
-    yield _make_step("Sub", [coded, zero_code], whole)
+    yield _make_step("Sub", [coded, zero], whole)
     yield _make_step("Gather", [f"{tensor.name}.scales", indices], scale, axis=0)
     yield _make_step("Unsqueeze", [scale, last_axis], scales)
     yield _make_step("Mul", [whole, scales], blocks)

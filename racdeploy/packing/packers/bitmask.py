@@ -17,7 +17,13 @@ from racdeploy import quant as quants
 from racdeploy.packing import racgguf
 from racdeploy.packing.block_layouts import BLOCK_LAYOUTS, CHUNK_WEIGHTS, Bytes
 from racdeploy.packing.buckets import TABLE_BYTES, BucketTable
-from racdeploy.packing.chunks import MIN_WORD_WEIGHTS, count_codes, pack_chunk, unpack_chunk
+from racdeploy.packing.chunks import (
+    MIN_WORD_WEIGHTS,
+    count_codes,
+    count_map_bytes,
+    pack_chunk,
+    unpack_chunk,
+)
 from racdeploy.packing.masks import reason_against_mask
 from racdeploy.packing.racgguf import ByteReader, PackedTensor, StoredTensor, iter_tensor_bytes
 from racdeploy.tensors.gguf_header import GgufHeader, TensorInfo
@@ -108,9 +114,8 @@ def find_damage(tensor: StoredTensor) -> str:
     if layout is None:
         return f"is packed and of type {tensor.ggml_type}, which cannot be packed"
 
-    blocks = tensor.plain_bytes // layout.block_bytes
     weights = layout.count_weights(tensor.plain_bytes)
-    min_bytes = 5 * blocks if layout.uses_words else weights // 8
+    min_bytes = count_map_bytes(layout, weights)
     if tensor.stored_bytes < min_bytes:
         return f"is stored in {tensor.stored_bytes} bytes, less than the {min_bytes} of its mask"
     if layout.uses_words and weights < MIN_WORD_WEIGHTS:

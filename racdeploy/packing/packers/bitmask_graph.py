@@ -22,6 +22,7 @@ from racdeploy.packing.masks import (
     unpack_mask,
 )
 from racdeploy.packing.onnx.packer import Arrays, BaseGraphPacker
+from racdeploy.quant.matmulnbits import zero_code
 
 if TYPE_CHECKING:
     from racdeploy.packing.onnx.tensors import GraphTensor
@@ -37,7 +38,7 @@ FOLDING_BYTES_PER_WEIGHT = 28  # of memory, while a session folds
 _CODES: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "f32": (np.uint32, 0),
     "f16": (np.uint16, 0),
-    "matmulnbits_8": (np.uint8, 128),
+    "matmulnbits_8": (np.uint8, zero_code(8)),
 }
 """Unsigned type of a code, and the code of zero, by quant; codes are whole bytes."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,8 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.packing import racgguf
 from racdeploy.packing.block_layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
+from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.gguf_header import count_tensor_bytes
 from tests.support.errors import raises
 from tests.support.tiny_gguf import random_rows, write_gguf
 
@@ -70,6 +73,26 @@ def test_chunks_end_anywhere(tmp_path: Path, kind: str, weights: int) -> None:
         write_gguf(tmp_path / "m.gguf", {"w": (kind, random_rows(kind, 1, weights, 0.6))})
     )
     assert (row.reason, row.stored_bytes < 0.75 * row.plain_bytes) == ("", True)
+
+
+@pytest.mark.parametrize(("kind", "weights", "mask_bytes"), [("f16", 12, 2), ("q4_0", 4096, 640)])
+def test_a_tensor_shorter_than_its_mask_is_damaged(
+    kind: str, weights: int, mask_bytes: int
+) -> None:
+    """The last bits of a mask take a whole byte."""
+    ggml_type = GGML_TYPES[kind].type_id
+    stored = racgguf.StoredTensor(
+        name="w",
+        dimensions=(weights,),
+        ggml_type=ggml_type,
+        packing="bitmask",
+        plain_bytes=count_tensor_bytes((weights,), ggml_type),
+        stored_bytes=mask_bytes,
+        position=0,
+    )
+    assert bitmask.find_damage(stored) == ""
+    damage = bitmask.find_damage(replace(stored, stored_bytes=mask_bytes - 1))
+    assert f"less than the {mask_bytes} of its mask" in damage
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
