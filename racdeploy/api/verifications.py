@@ -80,17 +80,17 @@ def open_verification(
 
 def _open_harness(options: VerifyOptions, bundle: BundleToVerify) -> HarnessRunner:
     from racdeploy.bundles.harness import HarnessRunner
-    from racdeploy.harnesses import HarnessRequest
+    from racdeploy.harnesses import HarnessRequest, HarnessSettings
 
-    include, settings = options.harness_include, bundle.settings
-    request = HarnessRequest(
-        options.harness_tasks,
+    include = options.harness_include
+    settings = HarnessSettings(
+        tasks=options.harness_tasks,
         limit=options.harness_limit,
-        include=include.resolve() if include else None,
-        max_new_tokens=settings.max_new_tokens,
-        context_tokens=settings.context_tokens,
-        parallel=settings.parallel,
+        max_new_tokens=bundle.settings.max_new_tokens,
+        context_tokens=bundle.settings.context_tokens,
+        parallel=bundle.settings.parallel,
     )
+    request = HarnessRequest(settings, include.resolve() if include else None)
     interpreter = options.harness_python or Path(sys.executable)
     return HarnessRunner(bundle, options.harness, request, interpreter.absolute())
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class HarnessRunner:
 
     def plan(self, dense: Path | None) -> str:
         """Return a line about the run; raise an error for anything missing before any work."""
-        tasks, limit = ", ".join(self.request.tasks), self.request.limit
+        settings = self.request.settings
+        tasks, limit = ", ".join(settings.tasks), settings.limit
         if not tasks:
             raise UsageError(
                 "no-harness-tasks",
@@ -81,11 +82,12 @@ class HarnessRunner:
             dense: the dense artifact; None looks it up in the work folder.
         """
         bundle, confidence = self.bundle, self.bundle.gate.confidence
+        max_tokens = self.request.settings.max_new_tokens
         generation = bundle.contents.manifest.generation
         control = describe_control(generation.max_thinking_tokens, generation.thinking)
         notes = [
             f"{self.name} {self._version} asked both models through racdeploy serve, greedy, at "
-            f"most {self.request.max_new_tokens:,} tokens of thinking and answer; it scores the "
+            f"most {max_tokens:,} tokens of thinking and answer; it scores the "
             "answer without the thinking; a thought that never ends is an empty answer; thinking "
             f"control: {control or 'none'}, of the pruned model only"
         ]
@@ -94,7 +96,7 @@ class HarnessRunner:
         run = HarnessRun(
             name=self.name,
             version=self._version,
-            settings=self.request.settings,
+            settings=asdict(self.request.settings),
             confidence=confidence,
             rows=compare(before, after, confidence),
         )
@@ -115,7 +117,7 @@ class HarnessRunner:
     def _ask(self, arm: str, model: DeployedModel, notes: list[str]) -> list[HarnessScore]:
         """Return the scores of one model; note those of an earlier run."""
         inputs = {
-            "harness": {self.name: self._version, **self.request.settings},
+            "harness": {self.name: self._version, **asdict(self.request.settings)},
             "include": _hash_files(self.request.include),
             "arm": arm,
             "version": base_version(__version__),

@@ -16,9 +16,27 @@ from typing import ClassVar, Protocol, cast
 
 from racdeploy import plugins
 from racdeploy.errors import EnvironmentFailure
-from racdeploy.files.reading import Json
 
 _PRINT_VERSION = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """Settings that are reported and that identify a run.
+
+    Args:
+        tasks: names that the harness knows.
+        limit: documents of each task; 0 asks all.
+        max_new_tokens: maximum tokens of thinking and answer together.
+        context_tokens: maximum tokens of prompt and completion together.
+        parallel: number of parallel requests.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int
+    max_new_tokens: int
+    context_tokens: int
+    parallel: int
 
 
 @dataclass(frozen=True)
@@ -26,32 +44,17 @@ class HarnessRequest:
     """Request to a harness: tasks, sizes and the server to ask.
 
     Args:
-        tasks: names that the harness knows.
-        limit: documents of each task; 0 asks all.
         include: folder or file with additional tasks, as the harness expects it.
-        max_new_tokens: maximum tokens of thinking and answer together.
-        context_tokens: maximum tokens of prompt and completion together.
-        parallel: number of parallel requests.
         url: address of the API, as ``http://127.0.0.1:8000/v1``.
         model: name of the model at that address.
         out: folder for the harness's results.
     """
 
-    tasks: tuple[str, ...]
-    limit: int
+    settings: HarnessSettings
     include: Path | None
-    max_new_tokens: int
-    context_tokens: int
-    parallel: int
     url: str = ""
     model: str = ""
     out: Path = Path()
-
-    @property
-    def settings(self) -> Json:
-        """Settings that are reported and that identify a run."""
-        names = ("tasks", "limit", "max_new_tokens", "context_tokens", "parallel")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -35,23 +35,26 @@ def arguments(order: HarnessRequest) -> list[str]:
         "provider": "openai",
         "base_url": order.url,
         "api_key": "none",
-        "concurrent_requests": order.parallel,
-        "max_model_length": order.context_tokens,
+        "concurrent_requests": order.settings.parallel,
+        "max_model_length": order.settings.context_tokens,
         "api_max_retry": 3,
         "cache_dir": str(order.out / "cache"),
-        "generation_parameters": {"temperature": 0.0, "max_new_tokens": order.max_new_tokens},
+        "generation_parameters": {
+            "temperature": 0.0,
+            "max_new_tokens": order.settings.max_new_tokens,
+        },
     }
-    settings = order.out / "model.yaml"  # JSON is YAML
-    settings.write_text(json.dumps({"model_parameters": model}, indent=1), encoding="utf-8")
+    file = order.out / "model.yaml"  # JSON is YAML
+    file.write_text(json.dumps({"model_parameters": model}, indent=1), encoding="utf-8")
 
     tasks = []
-    for task in order.tasks:
+    for task in order.settings.tasks:
         tasks.append(task if "|" in task else f"{task}|0")  # 0 worked examples
-    chosen = ["lighteval", "endpoint", "litellm", str(settings), ",".join(tasks)]
+    chosen = ["lighteval", "endpoint", "litellm", str(file), ",".join(tasks)]
     chosen += [f"--output-dir={order.out}", "--save-details"]
 
-    if order.limit:
-        chosen += ["--max-samples", str(order.limit)]
+    if order.settings.limit:
+        chosen += ["--max-samples", str(order.settings.limit)]
     if order.include:
         chosen.append(f"--custom-tasks={order.include}")
     return chosen

@@ -22,18 +22,22 @@ def arguments(order: HarnessRequest) -> list[str]:
     model = {
         "base_url": f"{order.url}/chat/completions",
         "model": order.model,
-        "num_concurrent": order.parallel,
+        "num_concurrent": order.settings.parallel,
         "max_retries": 3,
         "timeout": 86_400,  # a long thought takes hours; a stopped server is noticed at once
     }
-    generation = {"max_gen_toks": order.max_new_tokens, "temperature": 0, "do_sample": False}
+    generation = {
+        "max_gen_toks": order.settings.max_new_tokens,
+        "temperature": 0,
+        "do_sample": False,
+    }
 
-    chosen = ["lm_eval", "run", f"--tasks={','.join(order.tasks)}"]
+    chosen = ["lm_eval", "run", f"--tasks={','.join(order.settings.tasks)}"]
     chosen += ["--model=local-chat-completions", f"--model_args={json.dumps(model)}"]
     chosen += [f"--gen_kwargs={json.dumps(generation)}", "--apply_chat_template", "--log_samples"]
     chosen += [f"--output_path={order.out}", f"--use_cache={order.out / 'cache'}"]
-    if order.limit:
-        chosen += ["--limit", str(order.limit)]
+    if order.settings.limit:
+        chosen += ["--limit", str(order.settings.limit)]
     if order.include:
         chosen.append(f"--include_path={order.include}")
     return chosen

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy import harnesses, plugins
-from racdeploy.harnesses import HarnessRequest
+from racdeploy.harnesses import HarnessRequest, HarnessSettings
 from tests.support.errors import raises
 from tests.support.stand_in_harness import install
 
@@ -91,16 +91,15 @@ WRITTEN: dict[str, Callable[[Path], None]] = {
 
 
 def _order(out: Path) -> HarnessRequest:
-    return HarnessRequest(
+    settings = HarnessSettings(
         tasks=("sums", "words"),
         limit=7,
-        include=None,
-        url="http://127.0.0.1:4321/v1",
-        model="a-model",
         max_new_tokens=321,
         context_tokens=777,
         parallel=3,
-        out=out,
+    )
+    return HarnessRequest(
+        settings, include=None, url="http://127.0.0.1:4321/v1", model="a-model", out=out
     )
 
 
@@ -116,10 +115,12 @@ def test_a_harness_is_told_all_of_an_order(name: str, tmp_path: Path) -> None:
     harness = harnesses.load(name)
     order = _order(tmp_path)
     said = _everything_said(harness.arguments(order), tmp_path)
-    for value in (order.url, order.model, *order.tasks, order.max_new_tokens, tmp_path):
+    settings = order.settings
+    for value in (order.url, order.model, *settings.tasks, settings.max_new_tokens, tmp_path):
         assert str(value) in said
     assert "7" in harness.arguments(order)
-    assert "7" not in harness.arguments(replace(order, limit=0))
+    everything = replace(order, settings=replace(settings, limit=0))
+    assert "7" not in harness.arguments(everything)
 
 
 @pytest.mark.parametrize("name", NAMES)

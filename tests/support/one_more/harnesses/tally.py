@@ -13,8 +13,8 @@ INSTALL = "tally"
 
 def arguments(order: HarnessRequest) -> list[str]:
     """Return what it takes."""
-    limit = ["--limit", str(order.limit)] if order.limit else []
-    asked = [order.url, order.model, *order.tasks, str(order.max_new_tokens)]
+    limit = ["--limit", str(order.settings.limit)] if order.settings.limit else []
+    asked = [order.url, order.model, *order.settings.tasks, str(order.settings.max_new_tokens)]
     return ["tally", *asked, *limit, "--out", str(order.out)]
 
 
