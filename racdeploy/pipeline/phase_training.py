@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 from racdeploy.engines.engine import Ids
 from racdeploy.errors import EnvironmentFailure
-from racdeploy.files.reading import Json
-from racdeploy.files.stages import Stage, scratch_folder
+from racdeploy.files.stages import scratch_folder
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recovery_phases import Phase
 from racdeploy.pipeline.recovery_state import State
 from racdeploy.pipeline.workspace import Workspace, describe_code, notify
 from racdeploy.processes.cores import has_fast_bfloat16
 from racdeploy.recipe import Recovery
+from racdeploy.recovery.training_log import LogRow, PhaseResult
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.text import choose_text_traces, read_text_traces
 from racdeploy.traces.trace import Trace, count_tokens, hash_ids
 
 if TYPE_CHECKING:
-    from racdeploy.recovery.training_run import LogRow, TrainingRun
+    from racdeploy.recovery.training_run import TrainingRun
 
 _PHASE_INDEPENDENT = {
     *("tokens", "methods", "on_policy", "rounds", "max_accuracy_drop", "extra_text"),
@@ -127,14 +127,15 @@ class PhaseTrainer:
 
         stage = self.workspace.open("recover", inputs)
         if not stage.is_finished:
-            stage.finish(self._learn(stage, name, request))
-        return state.after(phase, stage.summary, stage.folder / name)
+            stage.finish(asdict(self._learn(stage.folder, name, request)))
+        result = PhaseResult.from_summary(stage.summary)
+        return state.after(phase, result, stage.folder / name)
 
-    def _learn(self, stage: Stage, name: str, request: TrainingRequest) -> Json:
-        """Train together with the other processes; return the summary of the stage."""
+    def _learn(self, folder: Path, name: str, request: TrainingRequest) -> PhaseResult:
+        """Train together with the other processes."""
         processes = self.workspace.processes
         with processes.announce_job(request, describe_code(self)):
-            training_run, log = self.train(stage.folder, name, request)
+            training_run, log = self.train(folder, name, request)
 
         # Keep the phase only if some state after the start is nearer to the dense model.
         first, *later = (row.kl_nats for row in log)
@@ -143,7 +144,7 @@ class PhaseTrainer:
             training_run.write()
         training_run.remove_states()
 
-        return {"log": [asdict(row) for row in log], "better": better}
+        return PhaseResult(tuple(log), better)
 
     def run_as_follower(self, request: TrainingRequest) -> None:
         """Do the share of a process other than the first one."""
@@ -157,7 +158,6 @@ class PhaseTrainer:
         """Run one phase in all processes together; only the first one's folder is kept."""
         from racdeploy import recovery
         from racdeploy.recovery.on_policy import truncate_own_answers
-        from racdeploy.recovery.training_run import LogRow
 
         phase = request.phase
         assert phase, "a request to train has a phase"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from racdeploy.files.reading import Json
 from racdeploy.pipeline.recovery_phases import Phase
+from racdeploy.recovery.training_log import PhaseResult
 from racdeploy.results.pruning import RecoveryRow
 from racdeploy.traces.probe import ProbeResult
 from racdeploy.traces.trace import Trace
@@ -26,36 +27,35 @@ class State:
     rows: tuple[RecoveryRow, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def after(self, phase: Phase, summary: Json, trained: Path) -> State:
+    def after(self, phase: Phase, result: PhaseResult, trained: Path) -> State:
         """Return the state after a phase, with the rows of its curve.
 
         Args:
-            summary: result of its stage.
             trained: folder of its model, which exists if some state was better than the start.
         """
         # Every phase evaluates its start, but the curve needs only the first one's.
         rows = []
-        for row in summary["log"]:
-            is_start = not row["tokens"]
+        for row in result.log:
+            is_start = not row.tokens
             if is_start and self.rows:
                 continue
             rows.append(
                 RecoveryRow(
                     phase="start" if is_start else phase.name,
-                    tokens=self.tokens + row["tokens"],
-                    loss=row["loss"],
-                    kl_nats=row["kl_nats"],
-                    text_kl_nats=row["text_kl_nats"],
-                    kept=is_start or summary["better"],
+                    tokens=self.tokens + row.tokens,
+                    loss=row.loss,
+                    kl_nats=row.kl_nats,
+                    text_kl_nats=row.text_kl_nats,
+                    kept=is_start or result.better,
                 )
             )
 
-        ended = summary["log"][-1]["note"]
+        ended = result.log[-1].note
         notes = (f"recovery, {phase.name}: {ended}",) if ended else ()
 
         return replace(
             self,
-            folder=trained if summary["better"] else self.folder,
+            folder=trained if result.better else self.folder,
             tokens=self.tokens + phase.tokens,
             rows=(*self.rows, *rows),
             notes=(*self.notes, *notes),

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from racdeploy.recipe import Recovery
     from racdeploy.recovery.examples import Answers, Example
-    from racdeploy.recovery.training_run import LogRow, TrainingRun
+    from racdeploy.recovery.training_log import LogRow
+    from racdeploy.recovery.training_run import TrainingRun
 
 
 class RecoverMethod(Protocol):

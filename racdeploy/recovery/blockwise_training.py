@@ -31,7 +31,8 @@ from racdeploy.recovery.optimizer import MaskedAdam, gradient_norm, learning_rat
 from racdeploy.recovery.progress_line import ProgressLine
 from racdeploy.recovery.state import fill_tensors
 from racdeploy.recovery.training_batches import plan_steps
-from racdeploy.recovery.training_run import LogRow, TrainingRun
+from racdeploy.recovery.training_log import LogRow
+from racdeploy.recovery.training_run import TrainingRun
 
 MICRO_BATCH_TOKENS = 1024
 """Maximum tokens in a forward pass of a block; a longer trace is a batch of its own."""

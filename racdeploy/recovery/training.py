@@ -38,7 +38,8 @@ from racdeploy.recovery.training_batches import (
     dense_states,
     limit_to_disk,
 )
-from racdeploy.recovery.training_run import BEST_FILE, STATE_FILE, LogRow, TrainingRun
+from racdeploy.recovery.training_log import LogRow
+from racdeploy.recovery.training_run import BEST_FILE, STATE_FILE, TrainingRun
 
 EVALUATIONS = 20
 _MAX_KL_RATIO = 1.2  # to the best KL: steps of this size do not return from beyond

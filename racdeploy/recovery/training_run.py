@@ -35,25 +35,6 @@ BEST_FILE = "best.safetensors"
 
 
 @dataclass(frozen=True)
-class LogRow:
-    """One row of the training log, like those of transformers' ``log_history``.
-
-    Args:
-        tokens: trained on in this phase so far.
-        loss: mean training loss since the row before, in the method's own unit.
-        kl_nats: mean KL(dense ‖ sparse) over held-out traces; None if not measured.
-        text_kl_nats: the same over held-out parts of the user's own text; None without one.
-        note: in the last row, the reason why training ended early, or empty.
-    """
-
-    tokens: int
-    loss: float | None = None
-    kl_nats: float | None = None
-    text_kl_nats: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class TrainingRun:
     """The training run of one phase of recovery.
 

@@ -29,7 +29,8 @@ from racdeploy.recipe import Recovery
 from racdeploy.recovery import training, training_batches
 from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training_batches import split_evenly
-from racdeploy.recovery.training_run import STATE_FILE, LogRow, TrainingRun
+from racdeploy.recovery.training_log import LogRow
+from racdeploy.recovery.training_run import STATE_FILE, TrainingRun
 from racdeploy.runtime.template import PromptEncoder
 from tests.support.codes import draw_codes, read_as_file, read_stored_weights, store_codes
 from tests.support.commands import environment

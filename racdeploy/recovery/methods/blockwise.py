@@ -6,7 +6,8 @@ from contextlib import closing
 
 from racdeploy.recovery import cost
 from racdeploy.recovery.blockwise_training import BlockwiseTraining
-from racdeploy.recovery.training_run import LogRow, TrainingRun
+from racdeploy.recovery.training_log import LogRow
+from racdeploy.recovery.training_run import TrainingRun
 
 TRAINS_SCALES = False
 

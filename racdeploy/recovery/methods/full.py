@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from racdeploy.recovery import cost
 from racdeploy.recovery.training import distill
-from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
+from racdeploy.recovery.training_log import LogRow
+from racdeploy.recovery.training_run import TrainingRun, list_trained
 
 TRAINS_SCALES = False
 

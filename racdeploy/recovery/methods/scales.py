@@ -10,7 +10,8 @@ from functools import partial
 from racdeploy.recovery import cost
 from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training import distill
-from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
+from racdeploy.recovery.training_log import LogRow
+from racdeploy.recovery.training_run import TrainingRun, list_trained
 
 TRAINS_SCALES = True
 
