@@ -22,13 +22,13 @@ from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import set_parameter
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
-from racdeploy.files.reading import Json
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expand_experts, find_expert
 from racdeploy.models.tensor_coverage import check_known_tensors
 from racdeploy.processes.heap import keep_heap
 from racdeploy.pruning import ALLOCATION_FILE
+from racdeploy.pruning.allocations import Allocation, parse_allocation
 from racdeploy.pruning.device import choose_device
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.pruning.structure.cut import (
@@ -125,7 +125,7 @@ def _decide_shares(session: PruningSession, sizes: Mapping[str, int]) -> LinearS
     """
     settings = session.settings
 
-    def decide() -> Json:
+    def decide() -> Allocation:
         plugin = plugins.load("allocations", settings.allocation)
 
         def observe(_: str, weight_OI: Tensor, hessian: Hessian, effect: Effect) -> Observation:
@@ -134,10 +134,9 @@ def _decide_shares(session: PruningSession, sizes: Mapping[str, int]) -> LinearS
 
         observations = survey(session, sizes, observe) if plugin.NEEDS_SURVEY else {}
         shares = plugin.allocate(observations, sizes, settings.sparsity)
-        return {"sparsities": shares, "observations": observations}
+        return Allocation(shares, observations)
 
-    sparsities: LinearSparsities = session.decide_once(ALLOCATION_FILE, decide)["sparsities"]
-    return sparsities
+    return session.decide_once(ALLOCATION_FILE, decide, parse_allocation).sparsities
 
 
 def _count_weights(session: PruningSession, shape: CutShape) -> dict[str, int]:

@@ -11,14 +11,36 @@ tokens of |change|² / |output|² at the end of the block.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from racdeploy.files.reading import Json
 from racdeploy.pruning.walk.survey import Effect, Observation
 from racdeploy.pruning.weights.patterns import LinearSparsities
 
-__all__ = ["Effect", "LinearSparsities", "Observation", "shift_sparsities"]
+__all__ = [
+    "Allocation",
+    "Effect",
+    "LinearSparsities",
+    "Observation",
+    "parse_allocation",
+    "shift_sparsities",
+]
 
 MAX_SPARSITY = 0.98
 _BISECTIONS = 60  # of an interval of 2: down to the precision of a float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Sparsity of each linear, and the observations that decided on it."""
+
+    sparsities: LinearSparsities
+    observations: Mapping[str, Observation]
+
+
+def parse_allocation(values: Json) -> Allocation:
+    """Return the allocation from the values of its file."""
+    return Allocation(values["sparsities"], values["observations"])
 
 
 def shift_sparsities(

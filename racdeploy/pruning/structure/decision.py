@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from operator import itemgetter
 
 from torch import Tensor
@@ -30,8 +29,7 @@ from racdeploy.recipe import Structure
 
 def decide_cut_plan(session: PruningSession, structure: Structure) -> CutPlan:
     """Return the cut plan: decide it, or read what an interrupted run decided."""
-    values = session.decide_once(CUT_PLAN_FILE, lambda: asdict(_decide(session, structure)))
-    return parse_cut_plan(values)
+    return session.decide_once(CUT_PLAN_FILE, lambda: _decide(session, structure), parse_cut_plan)
 
 
 def _decide(session: PruningSession, structure: Structure) -> CutPlan:

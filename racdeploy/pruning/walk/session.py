@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,10 @@ from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.work_share import WorkShare
 from racdeploy.recipe import Pruning
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R", bound="DataclassInstance")
 T = TypeVar("T")
 
 
@@ -74,18 +78,21 @@ class PruningSession:
         """
         return WorkShare(self.processes, costs)
 
-    def decide_once(self, file_name: str, decide: Callable[[], Json]) -> Json:
+    def decide_once(self, file_name: str, decide: Callable[[], R], parse: Callable[[Json], R]) -> R:
         """Return what ``decide`` returns in all processes, or what an interrupted run decided.
 
         After a resume, later blocks must fit the finished ones.
+
+        Args:
+            parse: makes the decision of the JSON object in its file.
         """
         file = self.folder / file_name
         if not self.run_once(file.is_file):
-            values = decide()
+            decision = decide()
             if self.has_files:
-                write_atomic(file, json.dumps(values, indent=1))
+                write_atomic(file, json.dumps(asdict(decision), indent=1))
 
-        return self.run_once(lambda: read_json(file))
+        return parse(self.run_once(lambda: read_json(file)))
 
     def report_progress(self, label: str, done: int) -> None:
         if self.progress:
