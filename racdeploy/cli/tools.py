@@ -167,18 +167,18 @@ def families(
 
     rows = describe_families()
     if json_output:
-        print_json({"families": rows})
+        print_json({"families": [asdict(row) for row in rows]})
         return
 
     for row in rows:
-        show(f"{row['family']:<16} {row['models']}")
+        show(f"{row.family:<16} {row.models}")
         details = [
-            f"transformers {row['transformers']}",
-            f"llama.cpp {row['gguf']}",
-            f"cuts {', '.join(row['cuts']) or 'nothing'}",
+            f"transformers {row.transformers}",
+            f"llama.cpp {row.gguf}",
+            f"cuts {', '.join(row.cuts) or 'nothing'}",
         ]
-        if row["stays_dense"]:
-            details.append(f"dense: {', '.join(row['stays_dense'])}")
+        if row.stays_dense:
+            details.append(f"dense: {', '.join(row.stays_dense)}")
         show(f"{'':<16}{'; '.join(details)}", "dim")
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
-from racdeploy.files.reading import Json, read_json
+from racdeploy.files.reading import read_json
 from racdeploy.models import multimodal
 from racdeploy.models.checkpoint import read_entries
 from racdeploy.models.families import Family, star_numbers
@@ -20,6 +21,36 @@ from racdeploy.models.family_lookup import NearestFamily, find_nearest
 from racdeploy.models.widths import list_axes
 
 _ATTENTION = "full_attention"
+
+
+@dataclass(frozen=True)
+class FamilySupport:
+    """Support for the models of a family, with or without experts.
+
+    Args:
+        models: that the family is for, in words.
+        transformers: oldest version that knows the family.
+        gguf: name of the architecture in llama.cpp.
+        blocks: kinds of blocks.
+        prunes: linears that get zeros.
+        stays_dense: linears that get none.
+        kernels: linears that the kernels for llama.cpp support.
+        cuts: parts that can be cut so that llama.cpp still runs the model.
+        onnx: exporters that were tested with the family.
+    """
+
+    family: str
+    models: str
+    experts: bool
+    architecture: str
+    transformers: str
+    gguf: str
+    blocks: list[str]
+    prunes: list[str]
+    stays_dense: list[str]
+    kernels: list[str]
+    cuts: list[str]
+    onnx: list[str]
 
 
 def compare_folder(folder: Path) -> NearestFamily:
@@ -33,8 +64,8 @@ def compare_folder(folder: Path) -> NearestFamily:
     return find_nearest(config, set(map(star_numbers, entries)))
 
 
-def describe_families() -> list[Json]:
-    """Return a row for each family, in order of name, as plain values.
+def describe_families() -> list[FamilySupport]:
+    """Return the support for each family, in order of name.
 
     A family with dense and mixture-of-experts models has a second row for the latter.
     """
@@ -46,29 +77,30 @@ def describe_families() -> list[Json]:
         if mixture := module.FAMILY.moe_variant:
             # Exporters list families, of which they were tested without experts.
             described = _describe(name, f"{models}, with experts", mixture)
-            rows.append(described | {"onnx": []})
+            rows.append(replace(described, onnx=[]))
     return rows
 
 
-def _describe(name: str, models: str, family: Family) -> Json:
-    return {
-        "family": name,
-        "models": models,
-        "experts": bool(family.expert_linears),
-        "architecture": family.architecture,
-        "transformers": family.min_transformers,
-        "gguf": family.gguf_arch,
-        "blocks": _list_kinds(family),
-        "prunes": list(family.linears),
-        "stays_dense": sorted(family.never_pruned),
-        "kernels": [linear for linear in family.linears if linear not in family.expert_linears],
-        "cuts": _list_cuts(family),
-        "onnx": [
-            exporter
-            for exporter in plugins.list_names("onnx_exporters")
-            if name in plugins.load("onnx_exporters", exporter).TESTED_FAMILIES
-        ],
-    }
+def _describe(name: str, models: str, family: Family) -> FamilySupport:
+    exporters = [
+        exporter
+        for exporter in plugins.list_names("onnx_exporters")
+        if name in plugins.load("onnx_exporters", exporter).TESTED_FAMILIES
+    ]
+    return FamilySupport(
+        family=name,
+        models=models,
+        experts=bool(family.expert_linears),
+        architecture=family.architecture,
+        transformers=family.min_transformers,
+        gguf=family.gguf_arch,
+        blocks=_list_kinds(family),
+        prunes=list(family.linears),
+        stays_dense=sorted(family.never_pruned),
+        kernels=[linear for linear in family.linears if linear not in family.expert_linears],
+        cuts=_list_cuts(family),
+        onnx=exporters,
+    )
 
 
 def _list_kinds(family: Family) -> list[str]:

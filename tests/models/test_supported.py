@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tests.support.tiny_models import (
     make_checkpoint,
 )
 
-ROWS = {(row["family"], row["experts"]): row for row in describe_families()}
+ROWS = {(row.family, row.experts): row for row in describe_families()}
 SHARES = {"experts": 0.5, "ffn": 2 / 3, "heads": 0.5, "kv_groups": 0.5, "blocks": 2 / 3}
 
 
@@ -51,7 +52,7 @@ def test_the_parts_that_can_be_cut_are_those_that_are_not_refused(
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", name, **more))
     found = {part for part in SHARES if _can_cut(checkpoint, part)}
     row = ROWS[name, bool(checkpoint.family.expert_linears)]
-    assert found == set(row["cuts"]) - {"vocabulary"}
+    assert found == set(row.cuts) - {"vocabulary"}
 
 
 @pytest.mark.parametrize("family", [name for name in MIXTURES if name in FAMILIES])
@@ -88,4 +89,6 @@ def test_the_command_prints_every_family() -> None:
     """As a line for people, and as JSON for programs."""
     listed = racdeploy("families").out
     assert all(name in listed for name in plugins.list_names("families"))
-    assert json.loads(racdeploy("families", "--json").out) == {"families": list(ROWS.values())}
+    assert json.loads(racdeploy("families", "--json").out) == {
+        "families": [asdict(row) for row in ROWS.values()]
+    }

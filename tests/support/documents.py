@@ -67,12 +67,12 @@ def tabulate_families() -> str:
     ]
 
     for row in describe_families():
-        missing = [what for what, families in compared.items() if row["family"] not in families]
-        gguf = f"`{row['gguf']}`" + (f", {' and '.join(missing)} not compared" if missing else "")
-        is_new = row["transformers"] >= "5"
-        newer = f" (transformers {row['transformers']})" if is_new else ""
-        cells = (f"`{row['family']}`", row["models"] + newer, gguf)
-        rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"][:-1]) or "none")
+        missing = [what for what, families in compared.items() if row.family not in families]
+        gguf = f"`{row.gguf}`" + (f", {' and '.join(missing)} not compared" if missing else "")
+        is_new = row.transformers >= "5"
+        newer = f" (transformers {row.transformers})" if is_new else ""
+        cells = (f"`{row.family}`", row.models + newer, gguf)
+        rest = (", ".join(row.onnx) or "none", ", ".join(row.cuts[:-1]) or "none")
         lines.append(f"| {' | '.join((*cells, *rest))} |")
 
     return "\n".join(lines)
