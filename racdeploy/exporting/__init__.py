@@ -139,7 +139,7 @@ class Format(Protocol):
 
     def artifact_path(self, name: str, quant: str, packing: str) -> PurePosixPath: ...
 
-    def check_options(self, **options: Any) -> None: ...
+    def check_options(self, settings: recipe.Export) -> None: ...
 
     def export(
         self,
@@ -242,11 +242,7 @@ def check(settings: recipe.Export) -> None:
                 remedy="remove it",
             )
 
-    form.check_options(**_options(settings))
-
-
-def _options(settings: recipe.Export) -> Json:
-    return {name: getattr(settings, name) for name in load(settings.format).OPTIONS}
+    form.check_options(settings)
 
 
 def check_metadata(metadata: Mapping[str, Any], reserved: Collection[str]) -> None:
@@ -289,6 +285,7 @@ def write(
 
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+    options = {name: getattr(settings, name) for name in form.OPTIONS}
     return form.export(
         checkpoint,
         out,
@@ -296,5 +293,5 @@ def write(
         packing=settings.packing,
         metadata=metadata,
         progress=progress,
-        **_options(settings),
+        **options,
     )

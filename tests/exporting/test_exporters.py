@@ -15,6 +15,7 @@ from racdeploy.exporting import onnx as onnx_format
 from racdeploy.exporting.onnx import exporters as onnx_exporters
 from racdeploy.exporting.onnx.exporter_choice import check_exporter, export_verified_graph
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.recipe import Export
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
@@ -97,7 +98,7 @@ def test_the_format_refuses_an_exporter_before_any_work(install: Any) -> None:
     """A build takes hours until it exports."""
     install({"onnxruntime-genai": "0.18.0"})
     with raises("old-transformers", "onnxruntime-genai 0.18.0"):
-        onnx_format.check_options(exporter="genai")
+        onnx_format.check_options(Export(exporter="genai"))
 
 
 @pytest.mark.parametrize(

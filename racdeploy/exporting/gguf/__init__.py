@@ -23,6 +23,7 @@ from racdeploy.files.reading import Json
 from racdeploy.files.writing import refuse_overwrite
 from racdeploy.models.families import Family
 from racdeploy.packing import racgguf
+from racdeploy.recipe import Export
 
 BACKEND = "llamacpp"
 REQUIRED_PACKAGES = {"llama_cpp": "llamacpp"}
@@ -67,7 +68,7 @@ def list_linears(
     return frozenset(linears)
 
 
-def check_options(**options: object) -> None:
+def check_options(settings: Export) -> None:
     """Accept all options: none of them needs another program."""
 
 

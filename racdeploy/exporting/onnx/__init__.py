@@ -23,6 +23,7 @@ from racdeploy.files.reading import Json
 from racdeploy.manifest import ArtifactEntry, GenerationSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
+from racdeploy.recipe import Export
 
 BACKEND = "onnxruntime"
 HUB_LIBRARY = "onnx"
@@ -49,9 +50,9 @@ def list_linears(
     return frozenset(name for name in names if name.startswith(blocks) and name.endswith(ends))
 
 
-def check_options(*, exporter: str) -> None:
+def check_options(settings: Export) -> None:
     """Refuse an exporter that cannot run here; see :func:`choice.check_exporter`."""
-    check_exporter(exporter)
+    check_exporter(settings.exporter)
 
 
 def unsupported_reason(checkpoint: Checkpoint, sizes: Collection[str], uniform: bool) -> str:

@@ -54,7 +54,7 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
         described["use_external_data_format"] = {main: 1}
 
     return {
-        "config.json": _to_json(checkpoint.config | {"transformers.js_config": described}),
+        "config.json": _to_json({**checkpoint.config, "transformers.js_config": described}),
         "genai_config.json": _to_json(_describe_to_genai(model, entry, manifest, checkpoint.shape)),
     }
 
