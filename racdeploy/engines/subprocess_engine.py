@@ -24,7 +24,7 @@ from racdeploy.engines.engine import (
 from racdeploy.engines.engine_process import EngineProcess
 from racdeploy.engines.sequence import check_ids, check_request
 from racdeploy.errors import EngineError
-from racdeploy.files.reading import Json
+from racdeploy.processes.messages import Header
 
 STOP_SECONDS = 60.0  # longer than a step of a large model on a slow machine
 
@@ -97,7 +97,7 @@ class SubprocessEngine(Engine):
             "stream": on_tokens is not None,
         }
 
-        header: Json = {}
+        header: Header = {}
         stop_deadline_s = float("inf")
 
         with self._child.request("generate", **request) as exchange:
@@ -153,7 +153,7 @@ class SubprocessEngine(Engine):
     def close(self) -> None:
         self._child.close()
 
-    def _ask(self, op: str, **values: Any) -> Json:
+    def _ask(self, op: str, **values: Any) -> Header:
         with self._child.request(op, **values) as exchange:
             *_, (header, _) = filter(None, exchange)
         self.stats = header["stats"]
@@ -164,7 +164,7 @@ def _read(ids: list[int], reason: FinishReason, forced_at: int | None) -> Comple
     return Completion(tuple(ids), reason, forced_at)
 
 
-def _describe(sampling: Sampling) -> Json:
+def _describe(sampling: Sampling) -> Header:
     """Return the sampling as a dict for JSON, without ``asdict``.
 
     Its deep copy would take longer than a token.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.files.reading import Json, read_json
+from racdeploy.files.reading import read_json
 from racdeploy.files.writing import file_sha256
 from racdeploy.models import config_schema, fused_experts, mtp, multimodal, wrong_input
 from racdeploy.models.config_schema import Config
@@ -117,11 +117,11 @@ class Checkpoint:
         self.raw_config: Config = written
         self.family: Family = find_family(written)
         config_schema.check_family_keys(written, self.family.defaults, where)
-        self.config: Json = _complete(written, self.family)
+        self.config: Config = _complete(written, self.family)
         self.tokenizer = TokenizerFiles(folder)
 
     @property
-    def transformers_config(self) -> Json:
+    def transformers_config(self) -> Config:
         """Config with the keys that transformers reads where the family has others."""
         return {**self.config, **self.family.config_form.write(self.config)}
 
@@ -328,9 +328,9 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _complete(config: Json, family: Family) -> Json:
+def _complete(written: Config, family: Family) -> Config:
     """Return the config with transformers' defaults, in the form of transformers 4."""
-    config = family.complete_config(config)
+    config = family.complete_config(written)
     parameters = config.get("rope_parameters") or {}
     if "full_attention" in parameters:  # transformers 5, where there are two kinds of attention
         local = parameters.get("sliding_attention", {})

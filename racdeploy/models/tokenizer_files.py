@@ -29,12 +29,12 @@ class TokenizerFiles:
     folder: Path
 
     @cached_property
-    def config(self) -> Json:
+    def config(self) -> Config:
         """``tokenizer_config.json``, or an empty dict."""
         return self._read("tokenizer_config.json")
 
     @cached_property
-    def generation(self) -> Json:
+    def generation(self) -> Config:
         """``generation_config.json``, or an empty dict."""
         return self._read("generation_config.json")
 
@@ -45,7 +45,7 @@ class TokenizerFiles:
         tokenizer_schema.check_tokenizer(tokenizer, str(self.file))
         return tokenizer
 
-    def _read(self, name: str) -> Json:
+    def _read(self, name: str) -> Config:
         file = self.folder / name
         return read_json(file) if file.is_file() else {}
 

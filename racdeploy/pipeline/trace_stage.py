@@ -13,7 +13,7 @@ from racdeploy.engines.completion_log import TokenLog
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import Json
+from racdeploy.files.stages import Inputs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import (
     COMPUTE_LIBRARIES,
@@ -92,7 +92,7 @@ class TraceStage:
     settings: Traces
     exported: ExportedModel | None = None
 
-    def inputs(self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1) -> Json:
+    def inputs(self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1) -> Inputs:
         """Return the inputs of a model's traces; torch is one only if it generates them."""
         needs_torch = not (self._is_served(checkpoint) or self.exported)
         return identify_code(__name__, COMPUTE_LIBRARIES if needs_torch else ()) | {

@@ -10,11 +10,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from markupsafe import Markup
 
-from racdeploy.files.reading import Json
 from racdeploy.files.unprintable import replace_unprintable
 from racdeploy.report.pairs import OUTCOMES, AnswerPair
 from racdeploy.results.answers import AnswerRecord
@@ -44,6 +43,34 @@ class PromptList:
     first: Sequence[AnswerPair]
     brief: int
     missing: int
+
+
+class _Side(TypedDict):
+    """A model's answer, as the page's script reads it; without thoughts, it lacks both texts."""
+
+    tokens: int
+    answered: int
+    state: str
+    end: str
+    loop: int
+    right: bool
+    found: str | None
+    thinking: NotRequired[str]
+    answer: NotRequired[str]
+
+
+class _Entry(TypedDict):
+    """A prompt, as the page's script reads it."""
+
+    prompt: int
+    sample: int
+    task: str
+    outcome: str
+    question: str
+    gold: str
+    shared: int
+    dense: _Side
+    pruned: _Side
 
 
 def list_prompts(pairs: Sequence[AnswerPair]) -> PromptList:
@@ -99,7 +126,7 @@ def count_shared_characters(pair: AnswerPair, max_characters: int = _FIRST_CHARA
     return max(prefix.rfind(" "), prefix.rfind("\n")) + 1
 
 
-def _describe(pair: AnswerPair, max_characters: int, with_thinking: bool) -> Json:
+def _describe(pair: AnswerPair, max_characters: int, with_thinking: bool) -> _Entry:
     """Return a prompt as the entry that the script reads."""
     shared = 0
     if with_thinking:
@@ -122,10 +149,10 @@ def _describe(pair: AnswerPair, max_characters: int, with_thinking: bool) -> Jso
     }
 
 
-def _describe_side(record: AnswerRecord, max_characters: int, with_thinking: bool) -> Json:
+def _describe_side(record: AnswerRecord, max_characters: int, with_thinking: bool) -> _Side:
     """Return one model's answer; without thoughts, only its figures and its scored answer."""
     extracted = record.extracted
-    side = {
+    side: _Side = {
         "tokens": record.thinking_tokens,
         "answered": record.answer_tokens,
         "state": record.state,
@@ -141,6 +168,6 @@ def _describe_side(record: AnswerRecord, max_characters: int, with_thinking: boo
     return side
 
 
-def _write(entry: Mapping[str, Any]) -> str:
+def _write(entry: _Entry) -> str:
     text = json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
     return text.translate(_ESCAPES)

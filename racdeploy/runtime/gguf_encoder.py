@@ -14,11 +14,10 @@ from typing import Any
 
 from racdeploy import plugins
 from racdeploy.errors import ArtifactError, EngineError, PromptError
-from racdeploy.files.reading import Json
 from racdeploy.files.sha256_cache import file_state
 from racdeploy.runtime.template import ChatTemplate, Message, PromptEncoder, Tools
 from racdeploy.sandbox.client import Sandbox
-from racdeploy.sandbox.tokenizer import Tokenizer
+from racdeploy.sandbox.tokenizer import Tokenizer, VocabularyFacts
 
 
 class GgufTokenizer(Tokenizer):
@@ -88,9 +87,10 @@ class GgufTokenizer(Tokenizer):
         return self.decode([token]) if token >= 0 else None
 
     @cached_property
-    def _details(self) -> Json:
+    def _facts(self) -> VocabularyFacts:
         controls = self.decode_batch([[token] for token in self.info["control_ids"]])
-        return {"size": len(self._pieces), "controls": controls}
+        longest = max(map(len, self._pieces), default=1)
+        return VocabularyFacts(len(self._pieces), longest, controls)
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of white space, which llama.cpp knows whatever the vocabulary writes."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.reading import Json, read_bytes
+from racdeploy.files.reading import read_bytes
+from racdeploy.processes.messages import Header
 from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, DEFAULT_SECONDS, Sandbox, SandboxRequest
 from racdeploy.sandbox.ids import pack_ids, unpack_ids
 
@@ -23,6 +25,21 @@ ENCODING_S_PER_CHARACTER = 2e-5
 _DECODING_S_PER_ID = 2e-5
 _MAX_TEXT_BYTES = 16_000_000  # the sandbox has the same limit in characters
 _DAMAGED = "copy the file again from its source"
+
+
+@dataclass(frozen=True)
+class VocabularyFacts:
+    """Facts of a vocabulary.
+
+    Args:
+        size: number of tokens, added ones included.
+        longest: length of the longest token.
+        controls: texts of the control tokens.
+    """
+
+    size: int
+    longest: int
+    controls: Sequence[str]
 
 
 class Tokenizer:
@@ -128,18 +145,18 @@ class Tokenizer:
 
     def get_vocab_size(self) -> int:
         """Return the number of tokens, added ones included."""
-        return int(self._details["size"])
+        return self._facts.size
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts of control tokens, such as those that begin and end a turn; longest first."""
-        texts = sorted(set(filter(None, self._details["controls"])))
+        texts = sorted(set(filter(None, self._facts.controls)))
         return tuple(sorted(texts, key=len, reverse=True))
 
     def count_at_least(self, text: str) -> int:
         """Return a number of tokens that a text surely has, without encoding it."""
         controls = sum(map(text.count, self.control_tokens))
-        return max(controls, len(text) // max(1, int(self._details["longest"])))
+        return max(controls, len(text) // max(1, self._facts.longest))
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of tokens of these characters only, or that are one of the texts."""
@@ -159,10 +176,11 @@ class Tokenizer:
         self.tokens_to_ids([])
 
     @cached_property
-    def _details(self) -> Json:
-        return self._ask("describe")
+    def _facts(self) -> VocabularyFacts:
+        answer = self._ask("describe")
+        return VocabularyFacts(answer["size"], answer["longest"], answer["controls"])
 
-    def _ask(self, op: str, more_seconds: float = 0.0, **values: Any) -> Json:
+    def _ask(self, op: str, more_seconds: float = 0.0, **values: Any) -> Header:
         request = SandboxRequest(
             op,
             values,
@@ -174,7 +192,7 @@ class Tokenizer:
         return self.sandbox.ask(request)
 
 
-def _pack(sequences: Sequence[Sequence[int]]) -> Json:
+def _pack(sequences: Sequence[Sequence[int]]) -> Header:
     try:
         return pack_ids(sequences)
     except (OverflowError, TypeError) as error:

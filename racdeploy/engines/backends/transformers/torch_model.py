@@ -361,7 +361,7 @@ def _config(checkpoint: Checkpoint) -> Any:
         factors = {key: rope.get(key) for key in ("short_factor", "long_factor")}
         scaling = {"type": "longrope", **factors}
 
-    values = checkpoint.transformers_config
+    values = dict(checkpoint.transformers_config)
     for key in ("rope_parameters", "quantization_config", "transformers_version"):
         values.pop(key, None)
 
