@@ -210,8 +210,7 @@ class Build:
             self.recover_stage.trainer, job.encoder, prompts, f"{job.model.name}-shortened"
         )
         shortened = stage.run(sample)
-        described = describe_code(self.recover_stage.trainer)
-        with self.processes.announce_job(shortened, described):
+        with self.workspace.announce(shortened, self.recover_stage.trainer):
             return self._with_shortened(shortened)
 
     def _with_shortened(self, model: ShortenedModel) -> Build:

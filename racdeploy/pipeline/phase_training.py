@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from racdeploy.engines.engine import Ids
 from racdeploy.errors import EnvironmentFailure
-from racdeploy.files.stages import scratch_folder
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recovery_phases import Phase
 from racdeploy.pipeline.recovery_state import State
@@ -133,8 +132,7 @@ class PhaseTrainer:
 
     def _learn(self, folder: Path, name: str, request: TrainingRequest) -> PhaseResult:
         """Train together with the other processes."""
-        processes = self.workspace.processes
-        with processes.announce_job(request, describe_code(self)):
+        with self.workspace.announce(request, self):
             training_run, log = self.train(folder, name, request)
 
         # Keep the phase only if some state after the start is nearer to the dense model.
@@ -148,8 +146,7 @@ class PhaseTrainer:
 
     def run_as_follower(self, request: TrainingRequest) -> None:
         """Do the share of a process other than the first one."""
-        workspace = self.workspace
-        with scratch_folder(workspace.work, workspace.processes.rank) as scratch:
+        with self.workspace.scratch() as scratch:
             self.train(scratch, scratch.name, request)
 
     def train(
@@ -164,7 +161,7 @@ class PhaseTrainer:
         self._check_shared(request)
 
         training_run = self.training_run(folder, name, request)
-        self.workspace.processes.set_threads(self.workspace.threads)
+        training_run.share.set_threads(self.workspace.threads)
         objective = recovery.load_objective(phase.objective)
         if phase.is_on_policy and objective.purpose == "recover":
             training_run = truncate_own_answers(training_run)
@@ -181,9 +178,9 @@ class PhaseTrainer:
         """Return the training of a phase in this process; only the first one reports progress."""
         from racdeploy.pruning.device import choose_device
         from racdeploy.recovery.training_run import TrainingRun
+        from racdeploy.recovery.training_share import TrainingShare
 
         workspace = self.workspace
-        is_first = workspace.processes.is_first
         phase = request.phase or Phase("plan", "", is_on_policy=False, tokens=0)
 
         return TrainingRun(
@@ -201,25 +198,22 @@ class PhaseTrainer:
             folder=folder,
             out=folder / name,
             device=choose_device(request.settings.device),
-            progress=workspace.progress if is_first else None,
-            notify=notify if is_first else None,
-            processes=workspace.processes,
+            progress=workspace.progress if workspace.is_first else None,
+            notify=notify if workspace.is_first else None,
+            share=TrainingShare(workspace.processes),
         )
 
     def _check_shared(self, request: TrainingRequest) -> None:
         """Refuse to train where a process does not see the student."""
-        processes = self.workspace.processes
-        if processes.world_size == 1:
-            return
+        workspace, sparse = self.workspace, request.sparse
+        is_student = workspace.is_first  # which has made the request of its own student
+        if not is_student and (sparse / "config.json").is_file():
+            is_student = Checkpoint(sparse).sha256 == request.sparse_sha256
 
-        sparse = request.sparse
-        is_model = (sparse / "config.json").is_file()
-        is_student = is_model and Checkpoint(sparse).sha256 == request.sparse_sha256
-        present = processes.all_gather(is_student)
-        if not all(present):
+        if lacking := workspace.list_lacking(is_student):
             raise EnvironmentFailure(
                 "work-folder-not-shared",
-                f"process {present.index(False)} does not have the pruned model in {sparse}",
+                f"process {lacking[0]} does not have the pruned model in {sparse}",
                 remedy="recovery on several machines needs a --work folder on a shared file "
                 "system, under the same path on each",
             )

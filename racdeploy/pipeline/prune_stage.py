@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from racdeploy.engines.engine import Progress
-from racdeploy.files.stages import Stage, finished_stages, scratch_folder
+from racdeploy.files.stages import Stage, finished_stages
 from racdeploy.files.writing import canonical_hash, link_equal, write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import Workspace, describe_code
@@ -209,8 +209,7 @@ class PruneStage:
 
     def run_as_follower(self, request: PruneRequest) -> None:
         """Do the share of a process other than the first one."""
-        workspace = self.workspace
-        with scratch_folder(workspace.work, workspace.processes.rank) as scratch:
+        with self.workspace.scratch() as scratch:
             self._prune_blocks(scratch, request)
 
     @property
@@ -249,7 +248,7 @@ class PruneStage:
         )
 
         blocks_folder = folder.parent
-        with self.workspace.processes.announce_job(request, describe_code(self)):
+        with self.workspace.announce(request, self):
             linears, blocks = self._prune_blocks(blocks_folder, request, self.workspace.progress)
 
         shape = read_cut_plan(blocks_folder).shape(model.shape, cuts)

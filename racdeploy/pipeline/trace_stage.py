@@ -15,12 +15,7 @@ from racdeploy.engines.engine import Completion, Engine, EngineSettings
 from racdeploy.errors import ArtifactError
 from racdeploy.files.stages import Inputs
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workspace import (
-    COMPUTE_LIBRARIES,
-    Workspace,
-    describe_code,
-    identify_code,
-)
+from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags
@@ -170,10 +165,9 @@ class TraceStage:
         if (model / "config.json").is_file():
             has_model = Checkpoint(model).sha256 == request.sha256
 
-        processes = self.workspace.processes
-        if all(processes.all_gather(has_model)):
+        if not self.workspace.list_lacking(has_model):
             with request.open(model, request.settings) as engine:
-                processes.serve_map(lambda request: engine.generate(*request))
+                self.workspace.processes.serve_calls(lambda request: engine.generate(*request))
 
     @contextmanager
     def _open_source(
@@ -196,7 +190,6 @@ class TraceStage:
                 yield source
             return
 
-        processes = self.workspace.processes
         settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
         open_model, model = self._choose_model(checkpoint)
         request = TraceRequest(
@@ -216,13 +209,14 @@ class TraceStage:
             )
 
             # Only the first process may see the sparse model that it wrote; then it answers all.
-            with processes.announce_job(request, describe_code(self)):
-                all_have_model = all(processes.all_gather(True))
-                if all_have_model:
-                    yield CompletionSource(partial(processes.map, answer), processes.world_size)
-                    processes.broadcast_object(())
+            processes = self.workspace.processes
+            with self.workspace.announce(request, self):
+                lacking = self.workspace.list_lacking(True)
+                if not lacking:
+                    with processes.share_calls(answer) as answer_shards:
+                        yield CompletionSource(answer_shards, processes.world_size)
 
-            if not all_have_model:
+            if lacking:
                 yield CompletionSource(lambda requests: [answer(each) for each in requests])
 
     def _choose_model(self, checkpoint: Checkpoint) -> tuple[_OpenEngine, Path]:

@@ -1,9 +1,13 @@
-"""The workspace of stages: work folder, threads, progress and processes."""
+"""The workspace of stages: work folder, threads, progress and processes.
+
+It alone asks the process group of a job; stages hand it on to what shares their work.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from racdeploy import __version__
 from racdeploy.engines.engine import Progress
 from racdeploy.extras import installed_version
 from racdeploy.files.code_hashes import base_version, code_hash
-from racdeploy.files.stages import Stage
+from racdeploy.files.stages import Stage, scratch_folder
 from racdeploy.processes.heap import trim_heap
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -31,6 +35,11 @@ class Workspace:
     progress: Progress | None = None
     processes: ProcessGroup = SINGLE_PROCESS
 
+    @property
+    def is_first(self) -> bool:
+        """True in the process that runs the command and has the files."""
+        return self.processes.is_first
+
     def report(self, label: str, done: int, total: int) -> None:
         """Report the progress of a stage, if a callback was given."""
         if self.progress:
@@ -43,6 +52,27 @@ class Workspace:
         if stage.notice:
             notify(stage.notice)
         return stage
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield an empty folder for what only this process needs; remove it after the body."""
+        with scratch_folder(self.work, self.processes.rank) as folder:
+            yield folder
+
+    @contextmanager
+    def announce(self, request: object, stage: Any) -> Iterator[None]:
+        """Have the other processes do the same job of a stage while the body runs.
+
+        Args:
+            request: the job, a record that can be pickled.
+        """
+        with self.processes.announce_job(request, describe_code(stage)):
+            yield
+
+    def list_lacking(self, is_here: bool) -> list[int]:
+        """Return the numbers of the processes that lack something; all of them must ask."""
+        everywhere = self.processes.all_gather(is_here)
+        return [rank for rank, is_there in enumerate(everywhere) if not is_there]
 
 
 def identify_code(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:

@@ -238,16 +238,23 @@ class ProcessGroup:
 
             yield job.request
 
-    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Call ``function`` for one item in each process; at most as many items as processes.
+    @contextmanager
+    def share_calls(self, function: Callable[[T], R]) -> Iterator[Callable[[Sequence[T]], list[R]]]:
+        """Yield a function that calls ``function`` for one item in each process.
 
-        For the first process, while the others :meth:`serve`.
+        It takes at most as many items as there are processes. For the first process, while the
+        others :meth:`serve_calls`.
         """
-        self.broadcast_object(items)
-        return self.all_gather(function(items[0]))[: len(items)]
 
-    def serve_map(self, function: Callable[[Any], Any]) -> None:
-        """Take part in :meth:`map` until there are no items, in the other processes."""
+        def call(items: Sequence[T]) -> list[R]:
+            self.broadcast_object(items)
+            return self.all_gather(function(items[0]))[: len(items)]
+
+        yield call
+        self.broadcast_object(())
+
+    def serve_calls(self, function: Callable[[Any], Any]) -> None:
+        """Take part in :meth:`share_calls` until it ends, in the other processes."""
         while items := self.broadcast_object(()):
             idle = self.rank >= len(items)
             self.all_gather(None if idle else function(items[self.rank]))

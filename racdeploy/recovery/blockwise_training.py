@@ -44,11 +44,9 @@ class BlockwiseTraining:
 
     def __init__(self, run: TrainingRun) -> None:
         self.training_run = run
-        settings, processes = run.settings, run.processes
-
         traces = (*run.train_traces, *run.held_out, *run.text)
         tasks = sorted({trace.task for trace in traces})
-        tokens = min(MICRO_BATCH_TOKENS, settings.batch_tokens)
+        tokens = min(MICRO_BATCH_TOKENS, run.settings.batch_tokens)
 
         train_batches = make_batches(run.train_traces, tasks, held_out=False, max_tokens=tokens)
         held_out = make_batches(run.held_out, tasks, held_out=True, max_tokens=tokens)
@@ -60,7 +58,7 @@ class BlockwiseTraining:
         self.batches = [*train_batches, *held_out, *text]
         self.text = range(len(train_batches) + len(held_out), len(self.batches))
         sizes = [batch.ids_BT.numel() for batch in self.batches]
-        self.own_indices = processes.list_own_indices(sizes)
+        self.own_indices = run.share.list_owned(run.share.assign_owners(sizes))
 
         self.dense = BlockwiseModel(run.dense, run.compute, run.device)
         self.sparse = BlockwiseModel(run.sparse, run.compute, run.device)
@@ -128,22 +126,22 @@ class BlockwiseTraining:
 
     def _pass_block(self, index: int) -> float:
         """Train a block, or load its saved result; advance the states; return its final error."""
-        processes = self.training_run.processes
+        share = self.training_run.share
         file = self.training_run.folder / f"block-{index:05d}.json"
 
         block = self.sparse.load_block(index)
         self._pass("start", block)
 
-        if not processes.run_on_first(file.is_file):
+        if not share.run_once(file.is_file):
             errors = self._teach(index, block)
-            if processes.is_first:
+            if share.has_files:
                 write_atomic(file, json.dumps({"errors": errors}))
 
         # The last state need not be the best, and a resumed training has none in memory.
         self._restore(index, block)
         self._pass("sparse", block)
 
-        before, after = map(float, processes.run_on_first(lambda: read_json(file)["errors"]))
+        before, after = map(float, share.run_once(lambda: read_json(file)["errors"]))
         change = f"error of its output {before:.3g} → {after:.3g}"
         done = self._report(index + 1)
 
@@ -200,7 +198,7 @@ class BlockwiseTraining:
             total += float(loss.detach())
 
         self._add_up(weights)
-        return all(map(math.isfinite, self.training_run.processes.all_gather(total)))
+        return self.training_run.share.agree(math.isfinite(total))
 
     def _add_up(self, weights: Mapping[str, Tensor]) -> None:
         """Sum the gradients over processes.
@@ -208,15 +206,15 @@ class BlockwiseTraining:
         All must join in each sum, so a process whose tokens missed an expert adds zeros, and
         experts that no process reached are skipped: Adam must not move those.
         """
-        processes = self.training_run.processes
+        share = self.training_run.share
         with_gradient = [name for name, weight in weights.items() if weight.grad is not None]
-        with_any_gradient = set[str]().union(*processes.all_gather(with_gradient))
+        with_any_gradient = share.unite(with_gradient)
         for name, value in weights.items():
             if name not in with_any_gradient:
                 continue
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
-            processes.reduce(value.grad)
+            share.add_up(value.grad)
 
     def _errors(self, block: nn.Module, index: int) -> Tensor:
         """Return each token's squared error relative to the squared dense state, error_BT."""
@@ -245,7 +243,7 @@ class BlockwiseTraining:
             sums[0] += float(error_BT.double().sum())
             sums[1] += float(real_BT.sum())
 
-        self.training_run.processes.reduce(sums)
+        self.training_run.share.add_up(sums)
         return float(sums[0] / sums[1])
 
     @torch.no_grad()
@@ -283,23 +281,23 @@ class BlockwiseTraining:
             sums[0] += kl_N @ weight_N
             sums[1] += weight_N.sum()
 
-        run.processes.reduce(sums)
+        run.share.add_up(sums)
         return float(sums[0] / sums[1])
 
     def _restore(self, index: int, block: nn.Module) -> None:
         """Load the best state of a block; where none was saved, load the pruned block again."""
-        prefix, processes = self.sparse.prefix(index), self.training_run.processes
+        prefix, share = self.sparse.prefix(index), self.training_run.share
         file = self.training_run.best_folder / f"block-{index:05d}.safetensors"
 
-        if not processes.run_on_first(file.is_file):
+        if not share.run_once(file.is_file):
             self.sparse.load_block(index)
             return
 
         named = {f"{prefix}.{name}": value for name, value in block.named_parameters()}
-        if processes.is_first:
+        if share.has_files:
             fill_tensors(file, named)
         for value in named.values():
-            value.data = processes.broadcast(value.data)
+            value.data = share.send_to_all(value.data)
 
     def _list_batches(self, flow: str) -> list[int]:
         """Return the indices of this process's batches; for ``start``, held-out ones only."""

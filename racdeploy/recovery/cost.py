@@ -11,7 +11,6 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 from racdeploy.processes.memory import free_bytes, resident_bytes
 from racdeploy.pruning.memory_limits import WINDOW_BYTES
-from racdeploy.pruning.process_group import count_local_processes
 from racdeploy.recovery import blockwise_training, training_batches
 from racdeploy.recovery.training_run import TrainingRun
 
@@ -36,11 +35,10 @@ def whole_model_bytes(run: TrainingRun, trained: Sequence[str]) -> int:
     taken = WEIGHT_BYTES * sparse.parameters
     taken += learning * (_GRADIENT_BYTES + _MOMENT_BYTES)
 
-    processes = run.processes.world_size
-    if processes > 1:
-        # A rank holds its rows of all weights; a block is whole while it is computed, and the next
-        # one is gathered meanwhile, so two are in memory with their gradients.
-        taken = math.ceil(taken / processes)
+    if run.share.count > 1:
+        # A process holds its rows of all weights; a block is whole while it is computed, and the
+        # next one is gathered meanwhile, so two are in memory with their gradients.
+        taken = math.ceil(taken / run.share.count)
         embedding = shape.vocab_size * shape.hidden_size
         whole = max(_largest_block(sparse), embedding)
         taken += 2 * (WEIGHT_BYTES + _GRADIENT_BYTES) * whole
@@ -80,7 +78,7 @@ def choose_methods(run: TrainingRun) -> tuple[str, ...]:
         EnvironmentFailure: too little memory for a method; it says how much it takes, and a method
             that fits.
     """
-    processes = count_local_processes() if run.processes.world_size > 1 else 1
+    processes = run.share.local_count
     free = free_bytes()
     # Processes on this machine share its memory.
     available = math.inf if free is None else _USABLE_SHARE * free / processes

@@ -95,10 +95,11 @@ def truncate_own_answers(run: TrainingRun) -> TrainingRun:
             LMHead.from_checkpoint(run.dense, run.device), states, run.train_traces
         )
 
-    # Processors may round near-ties differently, so the first process decides for all.
-    where = (run.folder, "own", run.device, run.processes)
-    with dense_states(run.dense, run.train_traces, *where) as states:
-        traces = run.processes.run_on_first(cut)
+    # Processors may round near-ties differently, so one process decides for all.
+    with dense_states(
+        run.dense, run.train_traces, run.folder, "own", device=run.device, share=run.share
+    ) as states:
+        traces = run.share.run_once(cut)
 
     answered = [trace for trace in traces if trace.completion_ids]
     return replace(run, train_traces=answered)

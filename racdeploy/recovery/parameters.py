@@ -11,15 +11,16 @@ inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import load_grid
 from racdeploy.quant.grid import Grid, GridCodes
 from racdeploy.quant.stored_codes import CodedWeight
+from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
 
 _FACTOR_RANGE = (0.5, 2.0)
 """Bounds of a scale's trained factor: its sign stays, and half precision does not overflow."""
@@ -51,7 +52,7 @@ class ScaleParameters(WeightParameters):
         self,
         weights: Mapping[str, Tensor],
         coded: Mapping[str, CodedWeight],  # codes of some of them
-        processes: ProcessGroup = SINGLE_PROCESS,
+        share: TrainingShare = WHOLE_SHARE,
     ) -> None:
         super().__init__(weights)
         # Per linear: its codes, its groups' step codes, and its initial scales.
@@ -60,18 +61,18 @@ class ScaleParameters(WeightParameters):
 
         for name, entry in coded.items():
             weight_OI, grid = weights[name], load_grid(entry.quant)
-            whole = _list_signed(entry.read_codes(), grid) if processes.is_first else None
+            whole = _list_signed(entry.read_codes(), grid) if share.has_files else None
             # This process' rows of codes, step codes and scales.
             O, I = weight_OI.shape
             parts = []
-            if processes.broadcast_object(whole is not None):
+            if share.run_once(partial(bool, whole)):
                 for index, columns in enumerate((I, I // grid.group_size, I // grid.block_size)):
                     rows = whole[index] if whole else None
-                    parts.append(processes.scatter_rows(rows, weight_OI.new_empty(O, columns)))
+                    parts.append(share.scatter_rows(rows, weight_OI.new_empty(O, columns)))
 
             exact = bool(parts) and torch.equal(_multiply(*parts), weight_OI.detach())
             # All processes must agree, or the shards of a linear would be trained differently.
-            if not all(processes.all_gather(exact)):
+            if not share.agree(exact):
                 weight_OI.requires_grad_(False)
                 continue
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from racdeploy.files.reading import Json
 from racdeploy.files.writing import atomic_file
-from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
+from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
 from racdeploy.tensors.safetensors import (
     DTYPES,
     TensorEntry,
@@ -34,15 +34,15 @@ def write_tensors(
     file: Path,
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any] | None = None,
-    processes: ProcessGroup = SINGLE_PROCESS,
+    share: TrainingShare = WHOLE_SHARE,
 ) -> None:
     """Write a safetensors file atomically; ``values`` are stored in it as JSON.
 
-    Several processes all call this, each with its rows, and the first one writes.
+    Several processes all call this, each with its rows, and the one that has the files writes.
     """
     described = {}
     rows = [len(each) for each in tensors.values()]
-    counts = [sum(each) for each in zip(*processes.all_gather(rows), strict=True)]
+    counts = [sum(each) for each in zip(*share.list_all(rows), strict=True)]
 
     for (name, each), count in zip(tensors.items(), counts, strict=True):
         described[name] = (_TAGS[each.dtype], (count, *each.shape[1:]))
@@ -53,15 +53,15 @@ def write_tensors(
         text += b" " * (-len(text) % 4)  # whole float32 numbers
         described[_VALUES] = ("F32", (len(text) // 4,))
 
-    if not processes.is_first:
+    if not share.has_files:
         for each in tensors.values():
-            processes.gather_rows(each)
+            share.gather_rows(each)
         return
 
     with atomic_file(file) as target:
         write_header(target, described)
         for each in tensors.values():
-            whole = processes.gather_rows(each).detach().cpu().contiguous()
+            whole = share.gather_rows(each).detach().cpu().contiguous()
 
             # Bfloat16 is written as uint16, since numpy lacks it.
             flat = whole.view(-1)
@@ -82,21 +82,21 @@ def read_values(file: Path) -> Json:
 
 @torch.no_grad()
 def fill_tensors(
-    file: Path, tensors: Mapping[str, Tensor], processes: ProcessGroup = SINGLE_PROCESS
+    file: Path, tensors: Mapping[str, Tensor], share: TrainingShare = WHOLE_SHARE
 ) -> None:
     """Copy the tensors of a file into ``tensors`` of the same names, shapes and dtypes.
 
-    Several processes all call this, each with its rows, and the first one reads.
+    Several processes all call this, each with its rows, and the one that has the files reads.
     """
-    entries = read_tensor_entries(file) if processes.is_first else {}
+    entries = read_tensor_entries(file) if share.has_files else {}
 
     for name, target in tensors.items():
         whole = None
-        if processes.is_first:
+        if share.has_files:
             whole = _read(entries[name])
             assert whole.shape[1:] == target.shape[1:], f"{file}: {name} has another shape"
 
-        target.copy_(processes.scatter_rows(whole, target))
+        target.copy_(share.scatter_rows(whole, target))
 
 
 def _read(entry: TensorEntry) -> Tensor:

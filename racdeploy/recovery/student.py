@@ -25,15 +25,15 @@ from racdeploy.engines.backends.transformers.torch_model import (
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tensor_coverage import check_tensors
-from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.recovery.training_run import TrainingRun
+from racdeploy.recovery.training_share import TrainingShare
 
 _SUM_REDUCTION = "set_force_sum_reduction_for_comms"
 _UNUSED_PARAMETERS = "set_reduce_scatter_unused_params"
 
 
 def _load(
-    checkpoint: Checkpoint, trained: frozenset[str], device: torch.device, processes: ProcessGroup
+    checkpoint: Checkpoint, trained: frozenset[str], device: torch.device, share: TrainingShare
 ) -> nn.Module:
     """Load a model block by block; a process keeps its rows of each."""
     needed = (
@@ -54,7 +54,7 @@ def _load(
         shapes.pop("lm_head.weight", None)
     check_tensors(checkpoint, shapes)
 
-    mesh = processes.mesh(device)
+    mesh = share.mesh(device)
     decoder, _, blocks = checkpoint.family.blocks.partition(".")
     # Children first: FSDP takes what is left of a module after its wrapped children.
     units = [f"{decoder}.{blocks}.{index}" for index in range(checkpoint.shape.block_count)]
@@ -96,9 +96,9 @@ class Student:
         self._run = run
         self._sharded: dict[str, Any] = {}  # FSDP's parameters
 
-        if run.processes.world_size > 1:
+        if run.share.count > 1:
             # Without output projection.
-            model: Any = _load(run.sparse, frozenset(trained), run.device, run.processes)
+            model: Any = _load(run.sparse, frozenset(trained), run.device, run.share)
             self.weights: dict[str, Tensor] = {}
             for name in trained:
                 self._sharded[name] = parameter = model.get_parameter(name)
@@ -152,7 +152,7 @@ class Student:
         # must skip them in both cases: its momentum would move them.
         if self._run.sparse.family.expert_linears:
             nonzero = [name for name, gradient in gradients.items() if gradient.any()]
-            reached = set[str]().union(*self._run.processes.all_gather(nonzero))
+            reached = self._run.share.unite(nonzero)
 
         for name, gradient in gradients.items():
             if name in reached:

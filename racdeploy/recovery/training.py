@@ -73,8 +73,9 @@ def distill(
             answers = group_answers(traces, run.brief_prompts)
             examples = objective.choose_examples(answers)
             seen = [trace for example in examples for trace in example.teacher_traces]
-            where = (run.folder, name, run.device, run.processes)
-            states = stack.enter_context(dense_states(run.dense, seen, *where))
+            states = stack.enter_context(
+                dense_states(run.dense, seen, run.folder, name, device=run.device, share=run.share)
+            )
             batches[name] = TrainingBatches(examples, states)
 
         student = Student(run, trained)
@@ -135,7 +136,7 @@ class _Training:
 
     def run(self) -> list[LogRow]:
         """Train to the end; return the log, rows before an interruption included."""
-        resumes = self.training_run.processes.run_on_first(self.file.is_file)
+        resumes = self.training_run.share.run_once(self.file.is_file)
         if resumes:
             self._resume()
         self.watch = ProgressLine(
@@ -166,11 +167,11 @@ class _Training:
 
     def _learn(self, batches: Sequence[Sequence[int]]) -> None:
         """Do one optimizer step: gradients of all its batches, then one update."""
-        processes = self.training_run.processes
-        examples = list(self.batches["train"].shard(batches, processes))
+        share = self.training_run.share
+        examples = list(self.batches["train"].shard(batches, share))
         # The loss is a mean over all token weights of the step, in all processes.
         own_weight = sum(float(example.weight_BT.sum()) for example in examples)
-        weight = max(sum(processes.all_gather(own_weight)), 1e-9)
+        weight = max(share.total(own_weight), 1e-9)
 
         loss = 0.0
         tokens = 0
@@ -184,12 +185,12 @@ class _Training:
             loss += float(part)
             tokens += example.tokens
 
-        total = sum(processes.all_gather(loss))
-        self.done.tokens += sum(processes.all_gather(tokens))
+        total = share.total(loss)
+        self.done.tokens += share.total(tokens)
 
         self.student.collect_gradients()
         self.variables.propagate_gradients()
-        norm = math.hypot(*processes.all_gather(gradient_norm(self.variables.parameters)))
+        norm = math.hypot(*share.list_all(gradient_norm(self.variables.parameters)))
         if not math.isfinite(total) or not math.isfinite(norm):
             self.done.ended = f"the loss was {total:g} after {self.done.tokens} tokens"
             return
@@ -253,18 +254,18 @@ class _Training:
             return
 
         if divergence == done.best_kl:
-            write_tensors(self.best_file, self._state(), processes=self.training_run.processes)
+            write_tensors(self.best_file, self._state(), share=self.training_run.share)
         elif divergence > _MAX_KL_RATIO * done.best_kl or done.since_best % _HALVING_PATIENCE == 0:
             # No learning rate suits every model, so a setback halves it and training continues from
             # the best state. The moments stay: the steps that went too far made the second moment
             # large, which makes the next steps small.
             done.rate_factor /= 2
-            fill_tensors(self.best_file, self._state(), self.training_run.processes)
+            fill_tensors(self.best_file, self._state(), self.training_run.share)
             self.variables.update_weights()
 
         if done.step:
             values = asdict(done) | {"optimizer_steps": self.optimizer.steps}
-            write_tensors(self.file, self._tensors(), values, self.training_run.processes)
+            write_tensors(self.file, self._tensors(), values, self.training_run.share)
 
     def _judge(self) -> float:
         """Log an evaluation, and keep the weights if they are the best; return the held-out KL."""
@@ -300,10 +301,10 @@ class _Training:
     @torch.no_grad()
     def measure(self, name: str) -> float:
         """Return the mean KL(dense ‖ sparse) in nats over ``held-out`` traces or ``text``."""
-        batches, processes = self.batches[name], self.training_run.processes
+        batches, share = self.batches[name], self.training_run.share
         total = weight = 0.0
 
-        for example in batches.shard(batches.batches_by_length(), processes):
+        for example in batches.shard(batches.batches_by_length(), share):
             hidden_ND, targets = self._select(example, training=False)
             learned = targets.token_N >= 0
             loss_N = hidden_ND.new_empty(len(hidden_ND))
@@ -317,7 +318,7 @@ class _Training:
             total += float(loss_N.double().cpu() @ weight_N)
             weight += float(weight_N.sum())
 
-        return sum(processes.all_gather(total)) / sum(processes.all_gather(weight))
+        return share.total(total) / share.total(weight)
 
     def _state(self) -> dict[str, Tensor]:
         """Return the trainable parameters, which determine the weights."""
@@ -331,10 +332,10 @@ class _Training:
         return tensors
 
     def _resume(self) -> None:
-        processes = self.training_run.processes
-        values = processes.run_on_first(lambda: read_values(self.file))
+        share = self.training_run.share
+        values = share.run_once(lambda: read_values(self.file))
         self.optimizer.steps = values.pop("optimizer_steps")
         self.done = _Progress.read(values)
 
-        fill_tensors(self.file, self._tensors(), processes)
+        fill_tensors(self.file, self._tensors(), share)
         self.variables.update_weights()

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.batches import group_by_length, make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.recovery.examples import Example
+from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
 from racdeploy.traces.trace import Trace
 
 T = TypeVar("T")
@@ -128,19 +128,19 @@ class TrainingBatches:
         return group_by_length(by_length, self._lengths.__getitem__, MICRO_BATCH_TOKENS)
 
     def shard(
-        self, batches: Sequence[Sequence[int]], processes: ProcessGroup
+        self, batches: Sequence[Sequence[int]], share: TrainingShare
     ) -> Iterator[TrainingBatch]:
         """Yield this process's share of some batches: the same number in every process."""
-        count = processes.world_size
-        pieces = split_evenly(batches, self._lengths, count)
+        pieces = split_evenly(batches, self._lengths, share.count)
 
-        for start in range(0, len(pieces), count):
-            together = pieces[start : start + count]
-            if processes.rank < len(together):
-                yield self.batch(together[processes.rank])
+        for start in range(0, len(pieces), share.count):
+            together = pieces[start : start + share.count]
+            own = share.take(together)
+            if own is not None:
+                yield self.batch(own)
                 continue
 
-            # This rank has nothing left, but FSDP needs its forward and backward pass all the same.
+            # Nothing is left for this process, but FSDP needs its forward and backward pass.
             idle = self.batch(together[-1][:1])
             yield replace(idle, weight_BT=torch.zeros_like(idle.weight_BT), tokens=0)
 
@@ -256,8 +256,9 @@ def dense_states(
     traces: Sequence[Trace],
     folder: Path,
     name: str,
+    *,
     device: torch.device,
-    processes: ProcessGroup = SINGLE_PROCESS,
+    share: TrainingShare = WHOLE_SHARE,
 ) -> Iterator[Activations]:
     """Compute the dense model's last hidden states, states_TD of each trace, in a file.
 
@@ -266,8 +267,8 @@ def dense_states(
     blocks = BlockwiseModel(dense, "float32", device)
     tasks = sorted({trace.task for trace in traces})
     batches = make_batches(traces, tasks, held_out=False)
-    owners = processes.assign_owners([batch.ids_BT.numel() for batch in batches])
-    own_numbers = [number for number, owner in enumerate(owners) if owner == processes.rank]
+    owners = share.assign_owners([batch.ids_BT.numel() for batch in batches])
+    own_numbers = share.list_owned(owners)
 
     width = dense.shape.hidden_size
     shapes = [(len(trace.ids), width) for trace in traces]
@@ -298,7 +299,7 @@ def dense_states(
                     states_TD = torch.empty(shapes[index])
                     if number in own_numbers:
                         states_TD = hidden_BTD[row, : len(states_TD)].clone()
-                    states[index] = processes.broadcast(states_TD, owners[number])
+                    states[index] = share.send_to_all(states_TD, owners[number])
 
         yield states
     finally:

@@ -18,7 +18,6 @@ from racdeploy.engines.engine import Ids, Progress
 from racdeploy.files.writing import write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
-from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.pruning.walk.assemble import assemble, read_block_entries
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE, load_grid
 from racdeploy.quant.stored_codes import name_arrays, rescale
@@ -26,6 +25,7 @@ from racdeploy.recipe import Recovery
 from racdeploy.recovery import load_objective
 from racdeploy.recovery.divergence import Direction
 from racdeploy.recovery.state import write_tensors
+from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
 from racdeploy.traces.trace import Trace
 
 STATE_FILE = "state.safetensors"
@@ -70,7 +70,7 @@ class TrainingRun:
     text: Sequence[Trace] = ()
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None  # gets a line at every evaluation
-    processes: ProcessGroup = SINGLE_PROCESS
+    share: TrainingShare = WHOLE_SHARE  # of this process
 
     @property
     def masked_weights(self) -> Sequence[str]:
@@ -123,7 +123,6 @@ class TrainingRun:
             tensors: by name. Several processes all call this, each with its rows of every tensor.
             whole: every process has whole tensors instead.
         """
-        processes = self.processes
         self.best_folder.mkdir(exist_ok=True)
 
         blocks: dict[str, list[str]] = {}
@@ -135,11 +134,11 @@ class TrainingRun:
         for part, names in blocks.items():
             stored = {}
             for name in names:
-                value = tensors[name] if whole else processes.gather_rows(tensors[name])
-                if processes.is_first:
+                value = tensors[name] if whole else self.share.gather_rows(tensors[name])
+                if self.share.has_files:
                     stored[name] = self.to_stored_dtype(name, value)
 
-            if processes.is_first:
+            if self.share.has_files:
                 write_tensors(self.best_folder / f"block-{part}.safetensors", stored)
 
     def remove_states(self) -> None:

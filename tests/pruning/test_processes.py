@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +258,13 @@ class _Two(ProcessGroup):
     def all_gather(self, value: Any) -> list[Any]:
         return [value, self.other_reads_it]
 
-    def map(self, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        self.shared.append(len(items))
-        return [do(item) for item in items]
+    @contextmanager
+    def share_calls(self, do: Callable[[Any], Any]) -> Iterator[Callable[[Any], Any]]:
+        def call(items: Sequence[Any]) -> list[Any]:
+            self.shared.append(len(items))
+            return [do(item) for item in items]
+
+        yield call
 
 
 @pytest.mark.parametrize(("reads", "shared"), [(True, [2, 2, 1]), (False, [])])

@@ -31,6 +31,7 @@ from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training_batches import split_evenly
 from racdeploy.recovery.training_log import LogRow
 from racdeploy.recovery.training_run import STATE_FILE, TrainingRun
+from racdeploy.recovery.training_share import TrainingShare
 from racdeploy.runtime.template import PromptEncoder
 from tests.support.codes import draw_codes, read_as_file, read_stored_weights, store_codes
 from tests.support.commands import environment
@@ -119,7 +120,9 @@ def _teach(
                 else training_run.folder / f"of-{processes.rank}"
             )
             own.mkdir(exist_ok=True)
-            training_run = replace(training_run, folder=own, processes=processes, progress=die)
+            training_run = replace(
+                training_run, folder=own, share=TrainingShare(processes), progress=die
+            )
             _learn(job, training_run)
 
         if not processes.is_first:
@@ -141,8 +144,8 @@ def _learn(job: str, training_run: TrainingRun) -> None:
     looks = recovery.load(job.split()[0]).recover(training_run)
     inside.gradient_norm = measured
 
-    squares = training_run.processes.all_gather([norm**2 for norm in norms])
-    if training_run.processes.is_first:
+    squares = training_run.share.list_all([norm**2 for norm in norms])
+    if training_run.share.has_files:
         training_run.write()
         seen = {"looks": [asdict(look) for look in looks], "squares": squares}
         (training_run.out.parent / "seen.json").write_text(json.dumps(seen))
@@ -178,7 +181,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setenv(name, value)
         with join_process_group() as processes:
             for job, training_run in training_runs.items():
-                _learn(job, replace(_again(training_run, "one"), processes=processes))
+                _learn(job, replace(_again(training_run, "one"), share=TrainingShare(processes)))
 
     assert _finish(started) == [0, 0]
     torch.set_num_threads(threads)
@@ -316,7 +319,9 @@ def _teach_until_alone(variables: dict[str, str], training_run: TrainingRun) -> 
     with raises("lost-process"), join_process_group() as processes:
         own = training_run.folder / f"of-{processes.rank}"
         own.mkdir()
-        recovery.load("full").recover(replace(training_run, folder=own, processes=processes))
+        recovery.load("full").recover(
+            replace(training_run, folder=own, share=TrainingShare(processes))
+        )
 
 
 def test_batches_are_split_until_no_process_is_idle() -> None:
@@ -351,7 +356,7 @@ def test_rows_are_on_a_grid_where_all_rows_are(tmp_path: Path) -> None:
     weight_OI = torch.from_numpy(read_as_file("q8_0", codes))
     stored = store_codes(tmp_path, "w", "q8_0", codes)
     assert ScaleParameters({"w": weight_OI}, stored).parameters
-    assert ScaleParameters({"w": weight_OI}, stored, _Differing()).parameters == {}
+    assert ScaleParameters({"w": weight_OI}, stored, TrainingShare(_Differing())).parameters == {}
 
 
 def test_a_process_may_have_no_rows(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_states_are_those_of_the_whole_model(tmp_path: Path, family: str) -> Non
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
     model = load_model(checkpoint)
 
-    with dense_states(checkpoint, TRACES, tmp_path, "x", CPU) as states:
+    with dense_states(checkpoint, TRACES, tmp_path, "x", device=CPU) as states:
         for place, trace in enumerate(TRACES):
             ids_1T = torch.tensor([trace.ids])
             with torch.inference_mode():

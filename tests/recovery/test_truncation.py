@@ -66,7 +66,7 @@ def test_tokens_are_ranked_as_the_dense_model_ranks_them(tmp_path: Path) -> None
     found: list[bool] = []
     expected: list[bool] = []
 
-    with dense_states(checkpoint, traces, tmp_path, "own", CPU) as states:
+    with dense_states(checkpoint, traces, tmp_path, "own", device=CPU) as states:
         for place, trace in enumerate(traces):
             found += find_likely_tokens(head, states[place], trace)
             with torch.inference_mode():
@@ -85,7 +85,7 @@ def test_a_cut_answer_has_no_end(tmp_path: Path) -> None:
     """Random text is on no model's path: nothing stays, and what is left is not right."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
     trace = replace(make_trace(1, 4, 60, 3), correct=True)
-    with dense_states(checkpoint, [trace], tmp_path, "own", CPU) as states:
+    with dense_states(checkpoint, [trace], tmp_path, "own", device=CPU) as states:
         (cut,) = truncate_answers(LMHead.from_checkpoint(checkpoint, CPU), states, [trace])
     assert cut.completion_ids == ()
     assert cut.answer_from is None

@@ -25,5 +25,5 @@ def peak_bytes(run: TrainingRun) -> int:
 def recover(run: TrainingRun) -> list[LogRow]:
     """Train vectors and scales; zeros and codes do not change."""
     vectors, coded = list_trained(run.sparse, vectors_only=True), run.sparse.coded
-    arrange = partial(ScaleParameters, coded=coded, processes=run.processes)
+    arrange = partial(ScaleParameters, coded=coded, share=run.share)
     return distill(run, [*vectors, *coded], arrange)
