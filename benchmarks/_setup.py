@@ -17,6 +17,7 @@ from racdeploy.models import widths
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.recipe_settings import nest_settings
 from racdeploy.tensors.safetensors import write_header
 
 Trace = tuple[tuple[int, ...], tuple[int, ...]]
@@ -79,16 +80,14 @@ def prune(arguments: argparse.Namespace) -> tuple[Build, Path, list[Trace]]:
     traces of the dense model.
     """
     arguments.out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe.combine(
-        None,
-        {
-            "model": arguments.model,
-            "tasks": (arguments.task,) if arguments.task else (),
-            "traces": {"count": arguments.traces, "max_new_tokens": arguments.max_new_tokens},
-            "calibration": {"keep_truncated": arguments.model != "tiny-reasoner"},
-            "prune": {"sparsity": arguments.sparsity},
-        },
-    )
+    settings = {
+        "model": arguments.model,
+        "tasks": (arguments.task,) if arguments.task else (),
+        "traces": {"count": arguments.traces, "max_new_tokens": arguments.max_new_tokens},
+        "calibration": {"keep_truncated": arguments.model != "tiny-reasoner"},
+        "prune": {"sparsity": arguments.sparsity},
+    }
+    recipe = Recipe.combine(None, nest_settings(settings))
     build = Build(Job(recipe), arguments.work, arguments.threads)
     held_out = build.prune_stage.choose_traces(build.traces()[1]).held_out
     traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]

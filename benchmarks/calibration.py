@@ -35,6 +35,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
+from racdeploy.recipe_settings import nest_settings
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.verification.stats.lengths import length_ratio, restrict_lengths
 from racdeploy.verification.stats.paired import tango_interval, wilson_interval
@@ -153,7 +154,7 @@ def recipe(
             "max_new_tokens": arguments.max_new_tokens,
         },
     }
-    return Recipe.combine(None, merge(with_settings(options, pairs), column))
+    return Recipe.combine(None, nest_settings(merge(with_settings(options, pairs), column)))
 
 
 def zeros(row: str) -> dict[str, object]:

@@ -13,6 +13,7 @@ from racdeploy.files.caches import default_work_folder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.recipe_settings import nest_settings
 
 
 def main() -> None:
@@ -23,9 +24,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=77)
     arguments = parser.parse_args()
     verify = {"count": arguments.prompts, "parallel": 32, "seed": arguments.seed}
-    recipe = Recipe.combine(
-        None, {"model": arguments.model, "verify": verify, "export": {"quant": "f32"}}
-    )
+    settings = {"model": arguments.model, "verify": verify, "export": {"quant": "f32"}}
+    recipe = Recipe.combine(None, nest_settings(settings))
     build = Build(Job(recipe), default_work_folder())
     artifact = build.export(build.job.model.folder, "dense", pruned=False)
     records = build.evaluation.answer(artifact, "dense", build.job.model.folder).records

@@ -29,6 +29,7 @@ from racdeploy.files.caches import default_work_folder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, Verification
+from racdeploy.recipe_settings import nest_settings
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import COMPARED_ROLES, Report
 from racdeploy.verification.answer_sampler import AnswerSampler
@@ -73,7 +74,8 @@ def main() -> None:
             "max_new_tokens": 768,
             "context_tokens": 1024,
         }
-        job = Job(Recipe.combine(None, {"model": arguments.model, "verify": verify}))
+        settings = nest_settings({"model": arguments.model, "verify": verify})
+        job = Job(Recipe.combine(None, settings))
         reference = answered(job, "llamacpp", main_artifact, "q8_0", arguments.threads)
         for name, artifact in artifacts.items():
             other = answered(job, OTHERS[name][0], artifact, OTHERS[name][2], arguments.threads)

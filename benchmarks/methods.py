@@ -27,6 +27,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
+from racdeploy.recipe_settings import nest_settings
 
 CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
 
@@ -90,11 +91,8 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
         "calibration": {"source": CALIBRATIONS[calibration]},
         "verify": {"count": max(arguments.prompts, 1), "parallel": 32, "max_new_tokens": 640},
     }
-    build = Build(
-        Job(Recipe.combine(None, with_settings(options, arguments.set))),
-        arguments.work,
-        arguments.threads,
-    )
+    recipe = Recipe.combine(None, nest_settings(with_settings(options, arguments.set)))
+    build = Build(Job(recipe), arguments.work, arguments.threads)
     build.traces()
     began = time.process_time()
     model = build.prune()

@@ -63,6 +63,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pruning.walk.assemble import assemble
 from racdeploy.recipe import Export, Recipe
+from racdeploy.recipe_settings import nest_settings
 from racdeploy.traces.trace import Trace, TraceSet, hash_ids
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +174,7 @@ class Benchmark:
         return torch_logits(load_model(self.checkpoint))
 
     def _recipe(self, quant: str) -> Recipe:
-        return Recipe.combine(None, list_options(self.arguments, quant))
+        return Recipe.combine(None, nest_settings(list_options(self.arguments, quant)))
 
     def split(self, seed: int) -> tuple[list[Trace], list[Trace]]:
         """Return the traces that calibrate and those that are held out."""

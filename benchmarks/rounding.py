@@ -29,6 +29,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
+from racdeploy.recipe_settings import nest_settings
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.verification.stats import paired
 from racdeploy.verification.top_logits import compare_checkpoints
@@ -97,7 +98,7 @@ def recipe(arguments: argparse.Namespace, rounding: str) -> Recipe:
             "max_new_tokens": arguments.max_new_tokens,
         },
     }
-    return Recipe.combine(None, with_settings(options, arguments.set))
+    return Recipe.combine(None, nest_settings(with_settings(options, arguments.set)))
 
 
 def divergence(build: Build, exported: ExportResult) -> dict[str, float]:

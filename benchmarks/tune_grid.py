@@ -25,6 +25,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
+from racdeploy.recipe_settings import nest_settings
 from racdeploy.report.files import read_records, read_report
 from racdeploy.report.tuning_files import FILE, read_tuning
 from racdeploy.results.answers import AnswerRecord
@@ -109,7 +110,7 @@ def try_recipe(
 ) -> dict[str, Any]:
     """Return size, accuracy and what the winner gains over one recipe, or why there is nothing."""
     try:
-        choice = make_spec(job, name, "by hand", settings)
+        choice = make_spec(job, name, "by hand", nest_settings(settings))
     except UsageError as error:
         return {"why": error.message}
 

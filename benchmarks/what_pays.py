@@ -43,6 +43,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
+from racdeploy.recipe_settings import nest_settings
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.verification.answer_sampler import SampledAnswers
 from racdeploy.verification.evidence import completion_tokens
@@ -154,7 +155,8 @@ def recipe(arm: Arm, arguments: argparse.Namespace, packing: str = "plain") -> R
             "context_tokens": arguments.context_tokens,
         },
     }
-    return Recipe.combine(None, with_settings(options, [*arm.settings, *arguments.set]))
+    settings = with_settings(options, [*arm.settings, *arguments.set])
+    return Recipe.combine(None, nest_settings(settings))
 
 
 def run(arm: Arm, arguments: argparse.Namespace) -> Done:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,13 @@ from racdeploy.files.reading import check_version
 from racdeploy.files.toml import Settings, TomlTable, merge, nest, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
 from racdeploy.plugins import Names
+from racdeploy.recipe_settings import (
+    RecipeSettings,
+    TraceSettings,
+    drop_unset,
+    merge_settings,
+    read_settings,
+)
 from racdeploy.results.answers import HESITATION_WORDS
 from racdeploy.results.schema import FiniteNonNegative, OpenShare, PositiveCount, Share
 from racdeploy.targets import Rung, Target
@@ -147,7 +154,7 @@ class Traces(_Section):
             sampling["server"] = self.server_model or self.server
         return sampling
 
-    def check_key_destination(self, trace_options: Settings, allowed: str) -> None:
+    def check_key_destination(self, trace_options: TraceSettings, allowed: str) -> None:
         """Refuse to send a key of this machine to a host that only a recipe file names.
 
         Args:
@@ -566,7 +573,7 @@ class Recipe(_Section):
         return validate(cls, values, str(file or "the recipe"), _INIT_COMMAND)
 
     @classmethod
-    def combine(cls, source: Recipe | Path | None, options: Settings) -> Self:
+    def combine(cls, source: Recipe | Path | None, options: RecipeSettings) -> Self:
         """Merge target, recipe or its file, and nested options into a validated recipe.
 
         Options override the recipe; options that are None are ignored.
@@ -576,18 +583,19 @@ class Recipe(_Section):
             UnknownPluginError: a plugin or target does not exist.
         """
         if isinstance(source, Path):
-            where, written = str(source), read_toml(source)
+            where, written = str(source), read_settings(source)
             check_version(cls, written, source)
         elif source:
-            where, written = "the recipe", source.model_dump(exclude_unset=True)
+            where, written = "the recipe", source._to_settings()
         else:
-            where, written = "the command line", {}
-        requested = merge(written, _without_none(options))
+            where, written = "the command line", RecipeSettings()
+        requested = merge_settings(written, drop_unset(options))
+        cls._check_sections(requested, where)
 
         name = requested.get("target", cls.model_fields["target"].default)
         target = Target.read(str(name))
 
-        merged = merge(target.propose(requested), requested)
+        merged = merge_settings(target.propose(requested), requested)
         recipe = validate(cls, merged, where, _INIT_COMMAND)
 
         for each in (recipe, *map(recipe.for_target, recipe.also)):
@@ -618,10 +626,21 @@ class Recipe(_Section):
         parts = {"rungs": (), "structure": structure, "prune": prune, "export": export}
         return self.model_copy(update=parts)
 
-    def with_settings(self, settings: Settings) -> Self:
+    def with_settings(self, settings: RecipeSettings) -> Self:
         """Return this recipe with nested settings replaced, validated."""
         values = merge(self.model_dump(), settings)
         return validate(type(self), values, "the candidate")
+
+    def _to_settings(self) -> RecipeSettings:
+        """Return what was set in this recipe, without defaults."""
+        return cast(RecipeSettings, self.model_dump(exclude_unset=True))
+
+    @classmethod
+    def _check_sections(cls, settings: RecipeSettings, where: str) -> None:
+        """Refuse a value in place of a section, which a target could not read."""
+        sections = ("structure", "prune", "export")
+        if not all(isinstance(settings.get(name, {}), Mapping) for name in sections):
+            validate(cls, settings, where, _INIT_COMMAND)
 
     def _check_plugins(self) -> None:
         chosen = {
@@ -639,13 +658,3 @@ class Recipe(_Section):
                 known += plugins.list_names("presets")
             if name not in known:
                 raise plugins.unknown_plugin(kind, name, known)
-
-
-def _without_none(options: Settings) -> TomlTable:
-    kept = {}
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            value = _without_none(value) or None
-        if value is not None:
-            kept[key] = value
-    return kept

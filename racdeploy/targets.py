@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.files.toml import Settings, TomlTable, merge, read_toml, validate
+from racdeploy.files.toml import TomlTable, read_toml, validate
+from racdeploy.recipe_settings import RecipeSettings, RungSettings, merge_settings
 
 _ZERO_KEYS = {"method", "pattern", "sparsity", "allocation"}
 """Keys of ``prune`` that ask for zeros."""
@@ -127,35 +128,35 @@ class Target(_Data):
         """Narrowest rung; without rungs, the target's number format and no cut."""
         return self.rungs[-1] if self.rungs else Rung(quant=self.quant)
 
-    def propose(self, requested: Settings) -> TomlTable:
-        """Return the recipe values that this target proposes beside those that a user requests.
+    def propose(self, requested: RecipeSettings) -> RecipeSettings:
+        """Return the settings that this target proposes beside those that a user requests.
 
         A user who asks for zeros, or for a packing that omits them, gets the recipe's default
         sparsity and no cut. A user who sets ``structure.keep`` gets no zeros. A user who names a
         number format or further targets gets one model with the cut of the narrowest rung; and who
         names nothing of all this, the rungs.
         """
-        defaults: TomlTable = {"export": {"format": self.format, "quant": self.quant}}
-        proposed = merge(defaults, self.recipe)
-        export = _read_table(requested, "export")
+        defaults: RecipeSettings = {"export": {"format": self.format, "quant": self.quant}}
+        proposed = merge_settings(defaults, cast(RecipeSettings, self.recipe))
+        export = requested.get("export", {})
 
         is_packed = export.get("packing", "plain") != "plain"
-        if is_packed or not _ZERO_KEYS.isdisjoint(_read_table(requested, "prune")):
+        if is_packed or not _ZERO_KEYS.isdisjoint(requested.get("prune", {})):
             return proposed
 
-        no_zeros: TomlTable = {"prune": {"sparsity": 0.0}}
-        proposed = merge(proposed, no_zeros)
-        if "keep" in _read_table(requested, "structure"):
+        proposed = merge_settings(proposed, {"prune": {"sparsity": 0.0}})
+        if "keep" in requested.get("structure", {}):
             return proposed
 
-        cut: TomlTable = {"structure": {"keep": self.narrowest.keep, "optional": True}}
-        proposed = merge(proposed, cut)
+        cut: RecipeSettings = {"structure": {"keep": self.narrowest.keep, "optional": True}}
+        proposed = merge_settings(proposed, cut)
         if requested.get("also") or not _FORMAT_KEYS.isdisjoint(export):
             return proposed
 
         if len(self.rungs) > 1:
-            return merge(proposed, {"rungs": [rung.model_dump() for rung in self.rungs]})
-        return merge(proposed, {"export": {"quant": self.narrowest.quant}})
+            rungs = [RungSettings(quant=rung.quant, keep=rung.keep) for rung in self.rungs]
+            return merge_settings(proposed, {"rungs": rungs})
+        return merge_settings(proposed, {"export": {"quant": self.narrowest.quant}})
 
     def check(self, form: str, quant: str, context_tokens: int) -> None:
         """Raise UsageError if the target cannot run a format, number format or context length."""
@@ -180,12 +181,6 @@ class Target(_Data):
                 f"the recipe verifies with {context_tokens}",
                 remedy="lower verify.context_tokens or choose another target",
             )
-
-
-def _read_table(settings: Settings, name: str) -> Settings:
-    """Return a table of settings; empty without one, or for a value that validation will refuse."""
-    table = settings.get(name, {})
-    return table if isinstance(table, Mapping) else {}
 
 
 def _folder() -> Path:

@@ -6,12 +6,14 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints, is_typeddict
 
 import pytest
+from pydantic import BaseModel
 
 from racdeploy.errors import UsageError
 from racdeploy.recipe import EXAMPLE, Pruning, Recipe, Traces, Verification
+from racdeploy.recipe_settings import RecipeSettings
 from racdeploy.targets import Target
 from tests.support.errors import raises
 
@@ -29,6 +31,36 @@ def test_options_win_over_the_file_and_the_file_over_the_target(tmp_path: Path) 
     assert (recipe.export.format, recipe.export.quant) == ("onnx", "k_quant")
     assert recipe.traces.count == 5
     assert Verification().count == recipe.verify.count
+
+
+def _find_unknown(settings: type, model: type[BaseModel]) -> set[str]:
+    """Return keys of settings that a recipe or its section does not have."""
+    unknown = set()
+    for name, hint in get_type_hints(settings).items():
+        field = model.model_fields.get(name)
+        if field is None:
+            unknown.add(name)
+            continue
+
+        # Of a list, as the rungs are, the entries.
+        section, key = ([*get_args(each), each][0] for each in (field.annotation, hint))
+        if is_typeddict(key):
+            unknown |= {f"{name}.{each}" for each in _find_unknown(key, section)}
+    return unknown
+
+
+def test_settings_before_validation_have_only_keys_of_a_recipe() -> None:
+    """An option that sets another key would be refused when it is first given."""
+    assert _find_unknown(RecipeSettings, Recipe) == set()
+
+
+@pytest.mark.parametrize("section", ["structure", "prune", "export", "traces"])
+def test_a_value_in_place_of_a_section_is_refused_with_its_name(
+    tmp_path: Path, section: str
+) -> None:
+    """Before a target reads the section, which has no keys."""
+    with raises("invalid-settings", f"{section}: Input should be", "got 5"):
+        Recipe.combine(_file(tmp_path, f"{section} = 5\n"), {})
 
 
 def test_the_example_recipe_is_the_default_recipe(tmp_path: Path) -> None:

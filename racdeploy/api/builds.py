@@ -23,10 +23,10 @@ from racdeploy.files.caches import default_work_folder
 
 if TYPE_CHECKING:
     from racdeploy.engines.engine import Progress
-    from racdeploy.files.toml import TomlTable
     from racdeploy.pipeline.build import Build
     from racdeploy.pipeline.job import Job
     from racdeploy.recipe import Recipe
+    from racdeploy.recipe_settings import RecipeSettings
     from racdeploy.results.plan import Plan
     from racdeploy.results.tuning import Candidate
     from racdeploy.tuning.search import Search
@@ -65,11 +65,11 @@ def open_job(options: TraceOptions, tier: str = "") -> Job:
     return Job.at_tier(recipe, tier, prompts)
 
 
-def _choose_settings(options: TraceOptions) -> TomlTable:
-    """Return the recipe's values that the options set, nested; ``settings`` override the others."""
-    from racdeploy.files.toml import merge, nest
+def _choose_settings(options: TraceOptions) -> RecipeSettings:
+    """Return the settings of the recipe that the options make; ``settings`` override the others."""
+    from racdeploy.recipe_settings import merge_settings, nest_settings
 
-    return merge(options.to_settings(), nest(options.settings))
+    return merge_settings(options.to_settings(), nest_settings(options.settings))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if TYPE_CHECKING:
     from racdeploy.files.toml import TomlTable
     from racdeploy.recipe import Recipe
+    from racdeploy.recipe_settings import RecipeSettings
     from racdeploy.sparse_kernels import AccelMode
     from racdeploy.verification.gate import Gate
 
@@ -103,8 +104,8 @@ class TraceOptions:
     work: Annotated[Path | None, OptionHelp(OUTPUT)] = None
     threads: Annotated[int, OptionHelp(OUTPUT, minimum=0)] = 0
 
-    def to_settings(self) -> TomlTable:
-        """Return the values that the options set in a recipe; None where one is not given."""
+    def to_settings(self) -> RecipeSettings:
+        """Return the settings that the options make in a recipe; None where one is not given."""
         return {
             "model": self.model,
             "target": self.target,
@@ -156,8 +157,8 @@ class PruneOptions(TraceOptions):
         bool, OptionHelp(RECOVERY, "First let the model learn to think less; see docs/thinking.md.")
     ] = False
 
-    def to_settings(self) -> TomlTable:
-        """Return the values that the options set in a recipe; None where one is not given."""
+    def to_settings(self) -> RecipeSettings:
+        """Return the settings that the options make in a recipe; None where one is not given."""
         return super().to_settings() | {
             "calibration": {"source": self.calibration},
             "structure": {
@@ -200,8 +201,8 @@ class BuildOptions(PruneOptions):
     ] = False
     out: Annotated[Path | None, OptionHelp(OUTPUT, names=_OUT)] = None
 
-    def to_settings(self) -> TomlTable:
-        """Return the values that the options set in a recipe; None where one is not given."""
+    def to_settings(self) -> RecipeSettings:
+        """Return the settings that the options make in a recipe; None where one is not given."""
         from racdeploy.verification.rivals import SAME_SIZE
 
         return super().to_settings() | {
@@ -230,8 +231,8 @@ class RecoverOptions(TraceOptions):
         OptionHelp(RECOVERY, "Tokens of the training that recovers accuracy; 0 is off.", minimum=0),
     ] = None
 
-    def to_settings(self) -> TomlTable:
-        """Return the values that the options set in a recipe; None where one is not given."""
+    def to_settings(self) -> RecipeSettings:
+        """Return the settings that the options make in a recipe; None where one is not given."""
         return super().to_settings() | {"recover": {"tokens": self.recover_tokens}}
 
 
@@ -248,8 +249,8 @@ class ExportOptions:
     out: Annotated[Path | None, OptionHelp(OUTPUT, names=_OUT)] = None
     work: Annotated[Path | None, OptionHelp(OUTPUT)] = None
 
-    def to_settings(self) -> TomlTable:
-        """Return the values that the options set in a recipe; None where one is not given."""
+    def to_settings(self) -> RecipeSettings:
+        """Return the settings that the options make in a recipe; None where one is not given."""
         return {
             "model": self.model,
             "target": self.target,
@@ -297,8 +298,8 @@ class TuneOptions(TraceOptions):
     prompts: EvaluationPrompts = None
     out: Annotated[Path | None, OptionHelp(OUTPUT, names=_OUT)] = None
 
-    def to_settings(self) -> TomlTable:
-        """Return the values that the options set in a recipe; None where one is not given."""
+    def to_settings(self) -> RecipeSettings:
+        """Return the settings that the options make in a recipe; None where one is not given."""
         return super().to_settings() | {
             "tune": {
                 "objective": self.objective,

@@ -22,6 +22,7 @@ from racdeploy.pipeline.divergence_stage import MeanDivergence, measure_divergen
 from racdeploy.pipeline.preflight import check_memory, plan_artifact
 from racdeploy.pipeline.rung_losses import find_losses
 from racdeploy.recipe import LadderLimits
+from racdeploy.recipe_settings import RecipeSettings
 from racdeploy.results.plan import Plan
 from racdeploy.results.report import Report
 from racdeploy.targets import Device, Rung, Target
@@ -106,7 +107,7 @@ class Ladder:
         job = self.build.job
         _ = job.encoder, job.tasks  # all rungs share them
         recipe = job.recipe
-        settings = {
+        settings: RecipeSettings = {
             "export": {"quant": rung.quant},
             "structure": {"keep": rung.keep, "optional": True},
             "verify": {"controls": recipe.verify.controls or (self._common_quant,)},

@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from racdeploy import exporting, quant
 from racdeploy import packing as packings
 from racdeploy.errors import MissingExtraError, UsageError
-from racdeploy.files.reading import Json
-from racdeploy.files.toml import Settings, merge
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_model
 from racdeploy.pipeline.structure import check_format, check_structure
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, SparsityOrPattern, sparsity_of
+from racdeploy.recipe_settings import (
+    ExportSettings,
+    PruneSettings,
+    RecipeSettings,
+    merge_settings,
+)
 from racdeploy.targets import Target
 
 MAX_BITS = 8.5  # wider formats answer no better: they are tried only if the recipe names them
 _MAX_OPTIMIZED_BITS = 6.0
 _PACKING = "bitmask"  # of GGUF files: zeros in ONNX never paid
-BASE_SETTINGS = {
+BASE_SETTINGS: RecipeSettings = {
     "prune": {"sparsity": 0.0, "pattern": "unstructured"},
     "recover": {"tokens": 0},
     "export": {"packing": "plain"},
@@ -44,7 +48,7 @@ class CandidateSpec:
 
     name: str
     kind: str
-    settings: Settings
+    settings: RecipeSettings
     job: Job
 
     @property
@@ -74,10 +78,11 @@ def propose_candidates(job: Job) -> tuple[list[CandidateSpec], dict[str, str]]:
         for name in list_quants(job.recipe):
             title = name if kind == "dense" else f"{kind}, {name}"
             try:
-                export = {"quant": name}
+                export: ExportSettings = {"quant": name}
                 if count_bits(name) > _MAX_OPTIMIZED_BITS:
                     export["rounding"] = "nearest"
-                specs.append(make_spec(job, title, kind, merge(settings, {"export": export})))
+                own = merge_settings(settings, {"export": export})
+                specs.append(make_spec(job, title, kind, own))
             except (UsageError, MissingExtraError) as error:
                 excluded[title] = error.message
 
@@ -91,13 +96,13 @@ def propose_candidates(job: Job) -> tuple[list[CandidateSpec], dict[str, str]]:
     return specs, excluded
 
 
-def make_spec(job: Job, name: str, kind: str, settings: Settings) -> CandidateSpec:
+def make_spec(job: Job, name: str, kind: str, settings: RecipeSettings) -> CandidateSpec:
     """Return a candidate of a job.
 
     Raises:
         UsageError: model, target or format do not allow it.
     """
-    recipe = job.recipe.without_pruning().with_settings(merge(BASE_SETTINGS, settings))
+    recipe = job.recipe.without_pruning().with_settings(merge_settings(BASE_SETTINGS, settings))
     candidate = job.with_recipe(recipe)
 
     form = recipe.export
@@ -134,10 +139,10 @@ def count_bits(name: str) -> float:
     return quant.load(presets.read(name).quant).bits
 
 
-def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
+def _list_kinds(job: Job) -> Iterator[tuple[str, RecipeSettings]]:
     """Yield kinds of pruning with their settings: dense, then each variant, also recovered."""
     tune = job.recipe.tune
-    full_vocabulary: list[tuple[str, Settings]] = [
+    full_vocabulary: list[tuple[str, RecipeSettings]] = [
         (f"ffn {share:g}", {"structure": {"keep": {"ffn": share}}}) for share in tune.ffn
     ]
     if job.recipe.export.format == "gguf":
@@ -145,23 +150,23 @@ def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
 
     pruned = list(full_vocabulary)
     for tokens in tune.vocabulary:
-        keep = {"structure": {"keep": {"vocabulary": float(tokens)}}}
+        keep: RecipeSettings = {"structure": {"keep": {"vocabulary": float(tokens)}}}
         pruned.append((f"{tokens:,} tokens", keep))
         for kind, cut in full_vocabulary:
-            pruned.append((f"{tokens:,} tokens, {kind}", merge(keep, cut)))
+            pruned.append((f"{tokens:,} tokens, {kind}", merge_settings(keep, cut)))
 
     yield "dense", {}
     for kind, settings in pruned:
         yield kind, settings
         if tune.recover_tokens:
-            learned = {"recover": {"tokens": tune.recover_tokens}}
-            yield f"{kind}, recovered", merge(settings, learned)
+            learned: RecipeSettings = {"recover": {"tokens": tune.recover_tokens}}
+            yield f"{kind}, recovered", merge_settings(settings, learned)
 
 
-def _list_zeros(zeros: tuple[SparsityOrPattern, ...]) -> Iterator[tuple[str, Settings]]:
+def _list_zeros(zeros: tuple[SparsityOrPattern, ...]) -> Iterator[tuple[str, RecipeSettings]]:
     """Yield kinds with zeros, packed, since a plain file does not get smaller by zeros."""
     for each in zeros:
-        prune: Json = {"sparsity": sparsity_of(each)}
+        prune: PruneSettings = {"sparsity": sparsity_of(each)}
         if isinstance(each, str):
             prune["pattern"] = each
         name = each if isinstance(each, str) else f"{each:.0%}"

@@ -17,8 +17,8 @@ from racdeploy import quant
 from racdeploy.errors import UsageError
 from racdeploy.exporting.gguf.tensor_writer import align_offset
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
-from racdeploy.files.toml import merge
 from racdeploy.pipeline.artifact_sizes import ArtifactSize
+from racdeploy.recipe_settings import merge_settings
 from racdeploy.tuning.candidates import CandidateSpec, count_bits, list_quants, make_spec
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.(\w+)\.")
@@ -100,7 +100,7 @@ def propose_mixed_quant(
         if not tensors:
             continue
 
-        settings = merge(spec.settings, {"export": {"tensors": tensors}})
+        settings = merge_settings(spec.settings, {"export": {"tensors": tensors}})
         with suppress(UsageError):  # codes of this format cannot be chosen
             return make_spec(spec.job, f"{spec.name} + {name}", spec.kind, settings)
 
