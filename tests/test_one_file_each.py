@@ -71,7 +71,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "pyproject.toml", root)
 
     for kind, file in ONE_MORE.items():
-        shutil.copy(file, root / plugins.KINDS[kind].replace(".", "/"))
+        folder = root / plugins.KINDS[kind].replace(".", "/")
+        taken = f"racdeploy has {file.name} itself: let {file.relative_to(ROOT)} be another example"
+        assert not (folder / file.name).exists(), taken
+        shutil.copy(file, folder)
     for name, (line, data) in CONTRACT_DATA.items():
         text = (root / name).read_text(encoding="utf-8")
         assert text.count(line) == 1, name

@@ -43,8 +43,11 @@ class Grid:
         values: value of each code in steps, ascending where the codes are ordered by value.
         block_size, group_size: weights of a quant block, and of a group.
         pack: packs codes into the format's bytes, packed_OP.
-        step_codes: smallest and largest step code; None where a group is a whole block.
-        minimum_codes: smallest and largest minimum code; None without minima.
+        step_codes: smallest and largest step code; None where a group is a whole block, whose
+            step is its scale.
+        minimum_codes: smallest and largest minimum code; None without minima. Without step codes
+            it is a zero point: the minimum is that many steps. A free minimum in half precision
+            cannot be said.
         scale: numbers that a scale can be.
     """
 

@@ -31,7 +31,7 @@ from racdeploy.tensors.safetensors import TensorEntry
 from racdeploy.verification.probe_strings import read_probe_strings
 from tests.support.errors import raises
 from tests.support.llama_child import LlamaAnswer, ask_llama
-from tests.support.matrix import selected, some
+from tests.support.matrix import selected, some, some_cases
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import (
     FAMILIES,
@@ -303,7 +303,12 @@ def change_weights(folder: Path, change: Any) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("case", some(CASES, _ALWAYS))
+def test_every_family_has_a_case() -> None:
+    """A family without one would be compared with torch by nobody."""
+    assert {case["family"] for case in CASES.values()} == {*FAMILIES}
+
+
+@pytest.mark.parametrize("case", some_cases(CASES, _ALWAYS))
 def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
     """An F32 file with an F32 cache gives torch's logits.
 
@@ -344,7 +349,7 @@ def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], c
     assert 0 < np.mean(own.astype(np.float16) != given.astype(np.float16)) < 0.01
 
 
-@pytest.mark.parametrize("case", some(CASES, _ALWAYS))
+@pytest.mark.parametrize("case", some_cases(CASES, _ALWAYS))
 def test_tokens_equal_tokenizers(measured: dict[str, Measured], case: str) -> None:
     """llama.cpp splits every probe string as the tokenizers library does."""
     found = measured[case]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from racdeploy.engines import open_engine
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
@@ -20,7 +19,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import cut_checkpoint
 from tests.support.matrix import some
 from tests.support.onnx_clients import GENAI, run, write_onnx_bundle
-from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_models import make_checkpoint, turn_decay_rates
 from tests.support.tiny_onnx import TRACES_STATES
 
 SETTINGS = EngineSettings(context_tokens=128, parallel=3, threads=1)
@@ -65,7 +64,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pytest.skip("torch exports states from transformers 5.24 on")
     root = tmp_path_factory.mktemp("states")
     made = make_checkpoint(root / family, family)
-    _turn_decay_rates(made / "model.safetensors")
+    turn_decay_rates(made)
     if width == "cut":
         made = cut_checkpoint(made, root / "cut" / family, CUTS[family])
     return made
@@ -85,14 +84,6 @@ def folder(made: Path, graph: VerifiedGraph, monkeypatch: pytest.MonkeyPatch) ->
     if not file.exists():
         onnx_format.export(Checkpoint(made), file, quant="f32")
     return made
-
-
-def _turn_decay_rates(file: Path) -> None:
-    """Give every block other rates: a graph stores equal ones once, as no trained model has."""
-    tensors = load_file(file)
-    for block, name in enumerate(sorted(name for name in tensors if name.endswith("A_log"))):
-        tensors[name] = tensors[name].roll(block)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def test_logits_are_those_of_torch_after_any_other_sequence(folder: Path) -> None:

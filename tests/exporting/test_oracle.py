@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.llama_converter import Job, convert
-from tests.support.matrix import selected, some
+from tests.support.matrix import selected, some_cases
 from tests.support.mtp_head import add_further_head
 from tests.support.tiny_models import (
     FAMILIES,
@@ -476,8 +476,13 @@ def _end_as_glm(folder: Path) -> None:
         edit_json(folder / name, eos_token_id=ends)
 
 
+def test_every_family_has_a_case() -> None:
+    """A family without one would be compared with the converter by nobody."""
+    assert {case["family"] for case in CASES.values()} == {*FAMILIES}
+
+
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("case", some(CASES, _ALWAYS))
+@pytest.mark.parametrize("case", some_cases(CASES, _ALWAYS))
 def test_the_file_equals_the_converters(root: Path, tmp_path: Path, case: str, quant: str) -> None:
     """Names, shapes, types and bytes of all tensors, and every metadata key, are equal."""
     # Whatever is asked of the converter, it keeps the codes of weights that have some.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -17,6 +17,15 @@ def some(names: Iterable[Hashable], kept: Collection[Hashable] = KINDS) -> list[
     return [
         name if name in kept else pytest.param(name, marks=pytest.mark.matrix) for name in names
     ]
+
+
+def some_cases(cases: Mapping[str, Mapping[str, Any]], kept: Collection[str]) -> list[Any]:
+    """Return the names of cases with a ``family``; ``-k FAMILY`` selects all cases of one."""
+    parameters = []
+    for name, case in cases.items():
+        marks = () if name in kept else pytest.mark.matrix
+        parameters.append(pytest.param(name, id=f"{case['family']}: {name}", marks=marks))
+    return parameters
 
 
 def selected(request: pytest.FixtureRequest, argument: str) -> list[str]:

@@ -522,3 +522,12 @@ def _split(regex: str) -> pre_tokenizers.PreTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def turn_decay_rates(folder: Path) -> None:
+    """Give every block other rates: a graph stores equal ones once, as no trained model has."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for block, name in enumerate(sorted(name for name in tensors if name.endswith("A_log"))):
+        tensors[name] = tensors[name].roll(block)
+    save_file(tensors, file, metadata={"format": "pt"})
