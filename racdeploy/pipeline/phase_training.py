@@ -178,9 +178,8 @@ class PhaseTrainer:
         """Return the training of a phase in this process; only the first one reports progress."""
         from racdeploy.pruning.device import choose_device
         from racdeploy.recovery.training_run import TrainingRun
-        from racdeploy.recovery.training_share import TrainingShare
 
-        workspace = self.workspace
+        workspace, share = self.workspace, self.workspace.share
         phase = request.phase or Phase("plan", "", is_on_policy=False, tokens=0)
 
         return TrainingRun(
@@ -198,19 +197,19 @@ class PhaseTrainer:
             folder=folder,
             out=folder / name,
             device=choose_device(request.settings.device),
-            progress=workspace.progress if workspace.is_first else None,
-            notify=notify if workspace.is_first else None,
-            share=TrainingShare(workspace.processes),
+            progress=workspace.progress if share.has_files else None,
+            notify=notify if share.has_files else None,
+            share=share,
         )
 
     def _check_shared(self, request: TrainingRequest) -> None:
         """Refuse to train where a process does not see the student."""
-        workspace, sparse = self.workspace, request.sparse
-        is_student = workspace.is_first  # which has made the request of its own student
+        share, sparse = self.workspace.share, request.sparse
+        is_student = share.has_files  # the request was made of the student there
         if not is_student and (sparse / "config.json").is_file():
             is_student = Checkpoint(sparse).sha256 == request.sparse_sha256
 
-        if lacking := workspace.list_lacking(is_student):
+        if lacking := share.list_lacking(is_student):
             raise EnvironmentFailure(
                 "work-folder-not-shared",
                 f"process {lacking[0]} does not have the pruned model in {sparse}",

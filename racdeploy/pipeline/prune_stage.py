@@ -281,7 +281,7 @@ class PruneStage:
             keep_existing_zeros=request.keep_existing_zeros,
             threads=self.workspace.threads,
             progress=progress,
-            processes=self.workspace.processes,
+            share=self.workspace.share,
             structure=request.structure,
         )
 

@@ -165,9 +165,10 @@ class TraceStage:
         if (model / "config.json").is_file():
             has_model = Checkpoint(model).sha256 == request.sha256
 
-        if not self.workspace.list_lacking(has_model):
+        share = self.workspace.share
+        if not share.list_lacking(has_model):
             with request.open(model, request.settings) as engine:
-                self.workspace.processes.serve_calls(lambda request: engine.generate(*request))
+                share.serve_calls(lambda request: engine.generate(*request))
 
     @contextmanager
     def _open_source(
@@ -209,12 +210,12 @@ class TraceStage:
             )
 
             # Only the first process may see the sparse model that it wrote; then it answers all.
-            processes = self.workspace.processes
+            share = self.workspace.share
             with self.workspace.announce(request, self):
-                lacking = self.workspace.list_lacking(True)
+                lacking = share.list_lacking(True)
                 if not lacking:
-                    with processes.share_calls(answer) as answer_shards:
-                        yield CompletionSource(answer_shards, processes.world_size)
+                    with share.share_calls(answer) as answer_shards:
+                        yield CompletionSource(answer_shards, share.count)
 
             if lacking:
                 yield CompletionSource(lambda requests: [answer(each) for each in requests])

@@ -1,6 +1,6 @@
 """The workspace of stages: work folder, threads, progress and processes.
 
-It alone asks the process group of a job; stages hand it on to what shares their work.
+It has the process group of a job, and gives stages their share of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from racdeploy.extras import installed_version
 from racdeploy.files.code_hashes import base_version, code_hash
 from racdeploy.files.stages import Stage, scratch_folder
 from racdeploy.processes.heap import trim_heap
+from racdeploy.pruning.job_share import JobShare
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 
 COMPUTE_LIBRARIES = ("torch", "transformers")
@@ -36,9 +37,9 @@ class Workspace:
     processes: ProcessGroup = SINGLE_PROCESS
 
     @property
-    def is_first(self) -> bool:
-        """True in the process that runs the command and has the files."""
-        return self.processes.is_first
+    def share(self) -> JobShare:
+        """The share of this process in the work of a stage."""
+        return JobShare(self.processes)
 
     def report(self, label: str, done: int, total: int) -> None:
         """Report the progress of a stage, if a callback was given."""
@@ -68,11 +69,6 @@ class Workspace:
         """
         with self.processes.announce_job(request, describe_code(stage)):
             yield
-
-    def list_lacking(self, is_here: bool) -> list[int]:
-        """Return the numbers of the processes that lack something; all of them must ask."""
-        everywhere = self.processes.all_gather(is_here)
-        return [rank for rank, is_there in enumerate(everywhere) if not is_there]
 
 
 def identify_code(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:

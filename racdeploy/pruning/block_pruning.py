@@ -30,7 +30,7 @@ from racdeploy.processes.heap import keep_heap
 from racdeploy.pruning import ALLOCATION_FILE
 from racdeploy.pruning.allocations import Allocation, parse_allocation
 from racdeploy.pruning.device import choose_device
-from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
+from racdeploy.pruning.job_share import WHOLE_SHARE, JobShare
 from racdeploy.pruning.structure.cut import (
     BlockCutContext,
     Cut,
@@ -71,9 +71,9 @@ def prune_blocks(
     folder: Path,  # for the block files; finished ones are reused
     quant: RoundingQuant = "",  # format whose codes are optimized; empty: the export rounds
     keep_existing_zeros: bool = False,  # the checkpoint is sparse, and gets no other zeros
-    threads: int = 0,  # 0: torch's choice; all processes use the first's
+    threads: int = 0,  # 0: torch's choice; all processes use those of the one with the files
     progress: Progress | None = None,
-    processes: ProcessGroup = SINGLE_PROCESS,  # all call this alike, with a folder of their own
+    share: JobShare = WHOLE_SHARE,  # all processes call this alike, with a folder of their own
     structure: Structure = NO_CUTS,  # cut before zeros are chosen
 ) -> tuple[list[LinearRow], list[BlockRow]]:
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
@@ -90,21 +90,21 @@ def prune_blocks(
 
     check_known_tensors(checkpoint)
     keep_heap()
-    processes.set_threads(threads)
+    share.set_threads(threads)
 
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
     fitted = make_batches(calibration, tasks, held_out=False)
     batches = fitted + make_batches(held_out, tasks, held_out=True)
-    own_indices = processes.list_own_indices([batch.ids_BT.numel() for batch in batches])
+    owners = share.assign_owners([batch.ids_BT.numel() for batch in batches])
 
     blocks = BlockwiseModel(checkpoint, settings.compute, choose_device(settings.device))
     session = PruningSession(
         model=blocks,
-        batches=[batches[index] for index in own_indices],
+        batches=[batches[index] for index in share.list_owned(owners)],
         all_calibration_batches=fitted,
         settings=settings,
         folder=folder,
-        processes=processes,
+        share=share,
         progress=progress,
         tasks=tasks,
     )
@@ -263,9 +263,9 @@ class _Walk:
         self._write_weights(pair, pruned)
 
         drift = self._advance(pair, pruned)
-        self.session.add_up(*drift.sums)
+        self.session.share.add_up(*drift.sums)
         for result in pruned.values():
-            self.session.add_up(*result.error.sums)
+            self.session.share.add_up(*result.error.sums)
 
         linear_rows = []
         for linear in all_names:

@@ -75,12 +75,6 @@ class ProcessGroup:
             loads[owner] += costs[index]
         return owners
 
-    def list_own_indices(self, costs: Sequence[int]) -> list[int]:
-        """Return the indices of the work items of this process."""
-        return [
-            index for index, owner in enumerate(self.assign_owners(costs)) if owner == self.rank
-        ]
-
     def reduce(self, tensor: Tensor, owners: Sequence[int] = ()) -> None:
         """Add up a tensor in place, in its owners or in all processes; undefined elsewhere."""
         if self.world_size == 1:

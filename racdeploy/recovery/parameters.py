@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from racdeploy.pruning.job_share import WHOLE_SHARE, JobShare
 from racdeploy.quant import load_grid
 from racdeploy.quant.grid import Grid, GridCodes
 from racdeploy.quant.stored_codes import CodedWeight
-from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
 
 _FACTOR_RANGE = (0.5, 2.0)
 """Bounds of a scale's trained factor: its sign stays, and half precision does not overflow."""
@@ -52,7 +52,7 @@ class ScaleParameters(WeightParameters):
         self,
         weights: Mapping[str, Tensor],
         coded: Mapping[str, CodedWeight],  # codes of some of them
-        share: TrainingShare = WHOLE_SHARE,
+        share: JobShare = WHOLE_SHARE,
     ) -> None:
         super().__init__(weights)
         # Per linear: its codes, its groups' step codes, and its initial scales.

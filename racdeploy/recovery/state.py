@@ -17,7 +17,7 @@ from torch import Tensor
 
 from racdeploy.files.reading import Json
 from racdeploy.files.writing import atomic_file
-from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
+from racdeploy.pruning.job_share import WHOLE_SHARE, JobShare
 from racdeploy.tensors.safetensors import (
     DTYPES,
     TensorEntry,
@@ -34,7 +34,7 @@ def write_tensors(
     file: Path,
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any] | None = None,
-    share: TrainingShare = WHOLE_SHARE,
+    share: JobShare = WHOLE_SHARE,
 ) -> None:
     """Write a safetensors file atomically; ``values`` are stored in it as JSON.
 
@@ -81,9 +81,7 @@ def read_values(file: Path) -> Json:
 
 
 @torch.no_grad()
-def fill_tensors(
-    file: Path, tensors: Mapping[str, Tensor], share: TrainingShare = WHOLE_SHARE
-) -> None:
+def fill_tensors(file: Path, tensors: Mapping[str, Tensor], share: JobShare = WHOLE_SHARE) -> None:
     """Copy the tensors of a file into ``tensors`` of the same names, shapes and dtypes.
 
     Several processes all call this, each with its rows, and the one that has the files reads.

@@ -25,15 +25,15 @@ from racdeploy.engines.backends.transformers.torch_model import (
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tensor_coverage import check_tensors
+from racdeploy.pruning.job_share import JobShare
 from racdeploy.recovery.training_run import TrainingRun
-from racdeploy.recovery.training_share import TrainingShare
 
 _SUM_REDUCTION = "set_force_sum_reduction_for_comms"
 _UNUSED_PARAMETERS = "set_reduce_scatter_unused_params"
 
 
 def _load(
-    checkpoint: Checkpoint, trained: frozenset[str], device: torch.device, share: TrainingShare
+    checkpoint: Checkpoint, trained: frozenset[str], device: torch.device, share: JobShare
 ) -> nn.Module:
     """Load a model block by block; a process keeps its rows of each."""
     needed = (

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pruning.job_share import WHOLE_SHARE, JobShare
 from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.batches import group_by_length, make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.recovery.examples import Example
-from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
 from racdeploy.traces.trace import Trace
 
 T = TypeVar("T")
@@ -127,9 +127,7 @@ class TrainingBatches:
         by_length = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
         return group_by_length(by_length, self._lengths.__getitem__, MICRO_BATCH_TOKENS)
 
-    def shard(
-        self, batches: Sequence[Sequence[int]], share: TrainingShare
-    ) -> Iterator[TrainingBatch]:
+    def shard(self, batches: Sequence[Sequence[int]], share: JobShare) -> Iterator[TrainingBatch]:
         """Yield this process's share of some batches: the same number in every process."""
         pieces = split_evenly(batches, self._lengths, share.count)
 
@@ -258,7 +256,7 @@ def dense_states(
     name: str,
     *,
     device: torch.device,
-    share: TrainingShare = WHOLE_SHARE,
+    share: JobShare = WHOLE_SHARE,
 ) -> Iterator[Activations]:
     """Compute the dense model's last hidden states, states_TD of each trace, in a file.
 

@@ -18,6 +18,7 @@ from racdeploy.engines.engine import Ids, Progress
 from racdeploy.files.writing import write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
+from racdeploy.pruning.job_share import WHOLE_SHARE, JobShare
 from racdeploy.pruning.walk.assemble import assemble, read_block_entries
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE, load_grid
 from racdeploy.quant.stored_codes import name_arrays, rescale
@@ -25,7 +26,6 @@ from racdeploy.recipe import Recovery
 from racdeploy.recovery import load_objective
 from racdeploy.recovery.divergence import Direction
 from racdeploy.recovery.state import write_tensors
-from racdeploy.recovery.training_share import WHOLE_SHARE, TrainingShare
 from racdeploy.traces.trace import Trace
 
 STATE_FILE = "state.safetensors"
@@ -70,7 +70,7 @@ class TrainingRun:
     text: Sequence[Trace] = ()
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None  # gets a line at every evaluation
-    share: TrainingShare = WHOLE_SHARE  # of this process
+    share: JobShare = WHOLE_SHARE  # of this process
 
     @property
     def masked_weights(self) -> Sequence[str]:

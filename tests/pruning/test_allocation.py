@@ -17,7 +17,6 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.allocations import Effect, Observation
 from racdeploy.pruning.block_pruning import prune_blocks
-from racdeploy.pruning.process_group import SINGLE_PROCESS
 from racdeploy.pruning.walk import batches as batches_module
 from racdeploy.pruning.walk.batches import make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
@@ -143,7 +142,7 @@ def test_an_effect_is_that_in_the_whole_model(
     left_out = {name for name in names if "o_proj" in name}
     with torch.inference_mode():
         settings = Pruning(damping=0.01)
-        session = PruningSession(blocks, batches, batches, settings, tmp_path, SINGLE_PROCESS)
+        session = PruningSession(blocks, batches, batches, settings, tmp_path)
         found = survey(session, names - left_out, observe)
         assert found.keys() == names - left_out
         model = load_model(checkpoint)
@@ -184,7 +183,7 @@ def test_the_survey_computes_each_input_once(
     batches = make_batches(TRACES, ["gcd"], held_out=False)
     settings = Pruning.model_validate({"target": target})
     blocks = BlockwiseModel(checkpoint)
-    session = PruningSession(blocks, batches, batches, settings, tmp_path, SINGLE_PROCESS)
+    session = PruningSession(blocks, batches, batches, settings, tmp_path)
     wanted = {name.removesuffix(".weight") for name in checkpoint.shape.prunable_weights}
     with torch.inference_mode():
         survey(session, wanted, lambda *_: {})

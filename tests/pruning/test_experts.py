@@ -20,7 +20,6 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.block_pruning import prune_blocks
-from racdeploy.pruning.process_group import SINGLE_PROCESS
 from racdeploy.pruning.structure.cut_plan import read_cut_plan
 from racdeploy.pruning.structure.prunable_units import PrunableUnits
 from racdeploy.pruning.walk.assemble import assemble
@@ -259,7 +258,7 @@ def at_first_block(
     """All that decides which experts of the first block stay."""
     batches = make_batches(CALIBRATION, ["gcd"], held_out=False)
     blocks = BlockwiseModel(dense)
-    session = PruningSession(blocks, batches, batches, Pruning(), tmp_path, SINGLE_PROCESS)
+    session = PruningSession(blocks, batches, batches, Pruning(), tmp_path)
     flow = CalibrationPass(blocks, batches, tmp_path, "found")
     with torch.inference_mode():
         for index, hidden_BTD in enumerate(blocks.embed(batches)):

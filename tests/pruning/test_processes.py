@@ -23,6 +23,7 @@ from racdeploy.pipeline import workspace
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pruning.device import CPU
+from racdeploy.pruning.job_share import JobShare
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.statistics import InputStatistic
 from racdeploy.recipe import Recipe
@@ -104,9 +105,13 @@ def _contents(work: Path) -> dict[str, str]:
 
 def test_work_is_shared_out_evenly_and_once() -> None:
     """The largest piece first, to whoever has least; too many processes leave some without."""
-    shares = [ProcessGroup(rank, 3).list_own_indices([5, 1, 9, 4, 4, 1]) for rank in range(3)]
-    assert [sorted(share) for share in shares] == [[2], [0, 1, 5], [3, 4]]
-    assert [ProcessGroup(rank, 3).list_own_indices([7]) for rank in range(3)] == [[0], [], []]
+    shares = [JobShare(ProcessGroup(rank, 3)) for rank in range(3)]
+
+    def list_owned(costs: Sequence[int]) -> list[list[int]]:
+        return [share.list_owned(share.assign_owners(costs)) for share in shares]
+
+    assert list_owned([5, 1, 9, 4, 4, 1]) == [[2], [0, 1, 5], [3, 4]]
+    assert list_owned([7]) == [[0], [], []]
 
 
 def test_the_sum_does_not_depend_on_the_order_of_the_batches() -> None:

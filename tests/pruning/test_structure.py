@@ -18,7 +18,7 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.block_pruning import prune_blocks
 from racdeploy.pruning.device import CPU
-from racdeploy.pruning.process_group import SINGLE_PROCESS
+from racdeploy.pruning.job_share import WHOLE_SHARE
 from racdeploy.pruning.structure.cut import CutContext
 from racdeploy.pruning.structure.cut_plan import list_structure_rows, read_cut_plan
 from racdeploy.pruning.structure.decision import allocate_units
@@ -140,9 +140,7 @@ def test_blocks_go_by_the_drift_that_their_removal_leaves(tmp_path: Path, count:
     """One after the other; each candidate's last hidden states are a whole forward pass's."""
     dense = _make(tmp_path)
     batches = make_batches(TRACES, ["gcd"], held_out=False)
-    session = PruningSession(
-        BlockwiseModel(dense), batches, batches, PLAIN, tmp_path, SINGLE_PROCESS
-    )
+    session = PruningSession(BlockwiseModel(dense), batches, batches, PLAIN, tmp_path)
     with torch.inference_mode():
         context = CutContext(session, plugins.load("criteria", "error"), count)
         chosen = plugins.load("structures", "blocks").cut(context)
@@ -230,7 +228,7 @@ def test_targets_of_a_narrower_linear_give_the_dense_output() -> None:
     weight_OI = torch.randn(5, 8, generator=generator)
     statistic = InputStatistic(8, CPU, [weight_OI], [dense_OJ])
     statistic.add(x_NI[None], dense_NJ[None], torch.zeros(1, 60, dtype=torch.long))
-    statistic.reduce(WorkShare(SINGLE_PROCESS, {("linear",): 1}), ["linear"])
+    statistic.reduce(WorkShare(WHOLE_SHARE, {("linear",): 1}), ["linear"])
     hessian = statistic.hessian(0.01)
     found_OI = statistic.solve_targets([0], hessian)[0]
 

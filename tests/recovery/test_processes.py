@@ -23,6 +23,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.phase_training import PhaseTrainer
 from racdeploy.pipeline.recovery_phases import Phase
 from racdeploy.pipeline.workspace import Workspace
+from racdeploy.pruning.job_share import JobShare
 from racdeploy.pruning.process_group import ProcessGroup, join_process_group
 from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE
 from racdeploy.recipe import Recovery
@@ -31,7 +32,6 @@ from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training_batches import split_evenly
 from racdeploy.recovery.training_log import LogRow
 from racdeploy.recovery.training_run import STATE_FILE, TrainingRun
-from racdeploy.recovery.training_share import TrainingShare
 from racdeploy.runtime.template import PromptEncoder
 from tests.support.codes import draw_codes, read_as_file, read_stored_weights, store_codes
 from tests.support.commands import environment
@@ -121,7 +121,7 @@ def _teach(
             )
             own.mkdir(exist_ok=True)
             training_run = replace(
-                training_run, folder=own, share=TrainingShare(processes), progress=die
+                training_run, folder=own, share=JobShare(processes), progress=die
             )
             _learn(job, training_run)
 
@@ -181,7 +181,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setenv(name, value)
         with join_process_group() as processes:
             for job, training_run in training_runs.items():
-                _learn(job, replace(_again(training_run, "one"), share=TrainingShare(processes)))
+                _learn(job, replace(_again(training_run, "one"), share=JobShare(processes)))
 
     assert _finish(started) == [0, 0]
     torch.set_num_threads(threads)
@@ -319,9 +319,7 @@ def _teach_until_alone(variables: dict[str, str], training_run: TrainingRun) -> 
     with raises("lost-process"), join_process_group() as processes:
         own = training_run.folder / f"of-{processes.rank}"
         own.mkdir()
-        recovery.load("full").recover(
-            replace(training_run, folder=own, share=TrainingShare(processes))
-        )
+        recovery.load("full").recover(replace(training_run, folder=own, share=JobShare(processes)))
 
 
 def test_batches_are_split_until_no_process_is_idle() -> None:
@@ -356,7 +354,7 @@ def test_rows_are_on_a_grid_where_all_rows_are(tmp_path: Path) -> None:
     weight_OI = torch.from_numpy(read_as_file("q8_0", codes))
     stored = store_codes(tmp_path, "w", "q8_0", codes)
     assert ScaleParameters({"w": weight_OI}, stored).parameters
-    assert ScaleParameters({"w": weight_OI}, stored, TrainingShare(_Differing())).parameters == {}
+    assert ScaleParameters({"w": weight_OI}, stored, JobShare(_Differing())).parameters == {}
 
 
 def test_a_process_may_have_no_rows(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 
 from racdeploy import plugins
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pruning.process_group import SINGLE_PROCESS
 from racdeploy.pruning.walk.batches import make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
@@ -28,7 +27,7 @@ def estimate_costs(
     """
     batches = make_batches(traces, ["gcd"], held_out=False)
     blocks = BlockwiseModel(dense)
-    session = PruningSession(blocks, batches, batches, Pruning(), folder, SINGLE_PROCESS)
+    session = PruningSession(blocks, batches, batches, Pruning(), folder)
     flow = CalibrationPass(blocks, batches, folder, "found")
     for index, hidden_BTD in enumerate(blocks.embed(batches)):
         flow.hidden[index] = hidden_BTD

@@ -59,7 +59,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
 def cut(context: CutContext) -> list[int]:
     """Return the blocks that stay; one process chooses them for all."""
     session = context.session
-    return session.run_once(lambda: context.choose(BlockUnits(session)))
+    return session.share.run_once(lambda: context.choose(BlockUnits(session)))
 
 
 class BlockUnits(PrunableUnits):

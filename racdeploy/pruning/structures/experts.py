@@ -174,7 +174,7 @@ def measure_expert_norms(
             sums_2E[0, number] += _sum_exactly(norm_M, _NORM_GRID)
             sums_2E[1, number] += len(norm_M)
 
-    session.add_up(sums_2E)
+    session.share.add_up(sums_2E)
     norms_E = sums_2E[0] / sums_2E[1]
     return [float(norm) for norm in norms_E.nan_to_num(0.0)]
 
@@ -233,7 +233,7 @@ class ExpertProbe:
                 rise_M = (change_M - part.change_N[token_M]) * part.weight_N[token_M]
                 rises_E[expert] += _sum_exactly(rise_M, _GRID)
 
-        self._session.add_up(rises_E)
+        self._session.share.add_up(rises_E)
         return {expert: float(rises_E[expert]) for expert in kept}
 
     def measure(self, kept: Sequence[int]) -> float:
@@ -245,7 +245,7 @@ class ExpertProbe:
             part.change_N = self._change(part, token_N, kept)
             total += _sum_exactly(part.change_N * part.weight_N, _GRID)
 
-        self._session.add_up(total)
+        self._session.share.add_up(total)
         return float(total)
 
     def _shares(self, part: _Part, token_M: Tensor, kept: Sequence[int]) -> Tensor:

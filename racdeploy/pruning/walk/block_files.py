@@ -34,26 +34,26 @@ class BlockFiles:
     session: PruningSession
 
     def is_finished(self, index: int) -> bool:
-        return self.session.run_once(self._report(index).is_file)
+        return self.session.share.run_once(self._report(index).is_file)
 
     def read_weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield name and float32 value of each tensor that pruning changed, in all processes."""
         stored: dict[str, TensorEntry] = {}
-        if self.session.has_files:
+        if self.session.share.has_files:
             stored = join_codes(read_tensor_entries(self._weights(index)))
 
-        shapes = self.session.run_once(
+        shapes = self.session.share.run_once(
             lambda: {name: entry.shape for name, entry in stored.items()}
         )
         for name, shape in shapes.items():
             value = torch.empty(shape)
-            if self.session.has_files:
+            if self.session.share.has_files:
                 value = torch.from_numpy(to_float32(stored[name].read()))
-            yield name, self.session.send_to_all(value)
+            yield name, self.session.share.send_to_all(value)
 
     def read_rows(self, index: int) -> tuple[list[LinearRow], BlockRow, KeptUnits]:
         """Return the rows of a block, and the units of each structure that was cut that stay."""
-        report = self.session.run_once(lambda: read_json(self._report(index)))
+        report = self.session.share.run_once(lambda: read_json(self._report(index)))
         linears = [LinearRow.model_validate(row) for row in report["linears"]]
         return linears, BlockRow.model_validate(report["block"]), report["kept"]
 
@@ -61,7 +61,7 @@ class BlockFiles:
         self, index: int, cut: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear]
     ) -> None:
         """Write the tensors of a block that a cut or pruning changed; codes where it chose some."""
-        if not self.session.has_files:
+        if not self.session.share.has_files:
             return
 
         tensors = {**cut, **{name: linear.stored_OI for name, linear in pruned.items()}}
@@ -78,7 +78,7 @@ class BlockFiles:
         self, index: int, pruned: Mapping[str, PrunedLinear], kind: str = "importance"
     ) -> None:
         """Write the mean squared inputs of a block's linears, and the tokens that each averages."""
-        if not self.session.has_files:
+        if not self.session.share.has_files:
             return
 
         tensors: dict[str, Tensor] = {}
@@ -92,7 +92,7 @@ class BlockFiles:
     def write_rows(
         self, index: int, linears: list[LinearRow], block: BlockRow, kept: KeptUnits
     ) -> None:
-        if self.session.has_files:
+        if self.session.share.has_files:
             rows = [row.model_dump() for row in linears]
             values = {"linears": rows, "block": block.model_dump(), "kept": kept}
             write_atomic(self._report(index), json.dumps(values, indent=1))

@@ -65,7 +65,7 @@ def count_expert_tokens(session: PruningSession, pair: BlockPair) -> list[int]:
         chosen_NK = routed.chosen_NK[routed.tokens(batch, None)].cpu()
         counts_E += torch.bincount(chosen_NK.flatten(), minlength=len(counts_E))
 
-    session.add_up(counts_E)
+    session.share.add_up(counts_E)
     return [int(count) for count in counts_E]
 
 

@@ -81,7 +81,7 @@ def survey(
             block.to("meta")
             session.report_progress("survey", index + 1)
 
-    merged = session.merge(observations)
+    merged = session.share.merge(observations)
     return {name: merged[name] for name in wanted}
 
 
