@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import TypedDict
 
 from racdeploy import exporting
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
-from racdeploy.files.reading import Json
 from racdeploy.files.sha256_cache import refuse_changed, take_states
 from racdeploy.files.stages import finished_stages
 from racdeploy.manifest import Manifest
@@ -50,6 +50,23 @@ class BenchSettings:
     parallel: int = 1
     threads: int = 0
     accel: AccelMode = "auto"
+
+
+class BenchSummary(TypedDict):
+    """Medians of both artifacts with their paths, their ratios, and the settings."""
+
+    dense: Mapping[str, str | float]
+    pruned: Mapping[str, str | float]
+    ratio: Mapping[str, float]
+    ratio_range: Mapping[str, list[float]]
+    file_bytes: Mapping[str, int]
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    parallel: int
+    threads: int
+    kernels: str
+    warning: str
 
 
 @dataclass(frozen=True)
@@ -107,11 +124,10 @@ class BenchResult:
 
         return ReportTable("", columns, tuple(rows))
 
-    def to_json(self) -> Json:
+    def to_json(self) -> BenchSummary:
+        """Return the summary as JSON values."""
         dense, pruned = self.medians()
-        load = asdict(self.load)
-        del load["accel"]
-
+        load = self.load
         ratios = self.ratios()
         return {
             "dense": {"path": str(self.dense), **dense},
@@ -119,7 +135,11 @@ class BenchResult:
             "ratio": {name: median(values) for name, values in ratios.items()},
             "ratio_range": {name: [values[0], values[-1]] for name, values in ratios.items()},
             "file_bytes": {"dense": self.dense_bytes, "pruned": self.pruned_bytes},
-            **load,
+            "rounds": load.rounds,
+            "prompt_tokens": load.prompt_tokens,
+            "new_tokens": load.new_tokens,
+            "parallel": load.parallel,
+            "threads": load.threads,
             "kernels": self.kernels,
             "warning": self.warning,
         }

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from racdeploy import exporting, plugins
 from racdeploy.errors import ArtifactError
 from racdeploy.exporting import MeasuredTensor
-from racdeploy.files.reading import Json
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.checkpoint import Checkpoint
@@ -37,6 +36,23 @@ _SHOWN_ENDS = (".context_length", ".block_count")
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
+class _TensorRow(TypedDict):
+    name: str
+    shape: list[int]
+    type: str
+    zeros: float | None
+    size_bytes: int
+    packing: str
+    bits: float
+
+
+class InspectionValues(TypedDict):
+    """Summary and rows of an inspection, as JSON values."""
+
+    summary: Mapping[str, object]
+    tensors: list[_TensorRow]
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Contents of an exported file, a model folder or a bundle.
@@ -49,13 +65,21 @@ class Inspection:
     summary: Mapping[str, object]
     tensors: tuple[MeasuredTensor, ...] = field(repr=False)
 
-    def to_json(self) -> Json:
+    def to_json(self) -> InspectionValues:
         """Return summary and rows as JSON values."""
-        rows = [
-            {**vars(row), "shape": list(row.shape), "bits": bits_per_weight(row)}
-            for row in self.tensors
-        ]
-        return {"summary": dict(self.summary), "tensors": rows}
+        return {"summary": dict(self.summary), "tensors": [_make_row(row) for row in self.tensors]}
+
+
+def _make_row(tensor: MeasuredTensor) -> _TensorRow:
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "type": tensor.type,
+        "zeros": tensor.zeros,
+        "size_bytes": tensor.size_bytes,
+        "packing": tensor.packing,
+        "bits": bits_per_weight(tensor),
+    }
 
 
 def bits_per_weight(tensor: MeasuredTensor) -> float:

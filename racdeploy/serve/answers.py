@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict
 
 from racdeploy.errors import PromptError, RacdeployError, UsageError
 from racdeploy.files.reading import Json
@@ -23,6 +23,19 @@ _OPENAI_CODES = {
 _UNAVAILABLE = ("engine-died", "engine-closed", "engine-stuck")  # until the model is loaded again
 
 
+class _UsageDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class Usage(TypedDict):
+    """OpenAI's count of tokens; a completion of text has no details."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: NotRequired[_UsageDetails]
+
+
 @dataclass(frozen=True)
 class CompletionResponse:
     """Writer of one completion's objects, whole or in chunks, with a common id."""
@@ -33,7 +46,7 @@ class CompletionResponse:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def write(self, choices: list[Json], **usage: Json | None) -> Json:
+    def write(self, choices: list[Json], **usage: Usage | None) -> Json:
         """Return the whole object, or a chunk; ``usage`` may be null or left out."""
         is_chat = self.kind == "chat.completion"
         return {
@@ -53,14 +66,13 @@ class CompletionResponse:
         return {"index": 0, **content, "finish_reason": finish_reason}
 
 
-def write_usage(result: GenerationResult | Continuation) -> Json:
+def write_usage(result: GenerationResult | Continuation) -> Usage:
     """Return the ``usage`` object of a chat, or of a completion."""
     if isinstance(result, Continuation):
         return _count(len(result.prompt_ids), len(result.ids))
-    return {
-        **_count(result.prompt_tokens, result.completion_tokens),
-        "completion_tokens_details": {"reasoning_tokens": result.thinking_tokens},
-    }
+    usage = _count(result.prompt_tokens, result.completion_tokens)
+    usage["completion_tokens_details"] = {"reasoning_tokens": result.thinking_tokens}
+    return usage
 
 
 def write_error(error: RacdeployError) -> tuple[int, Json]:
@@ -97,7 +109,7 @@ def write_models(name: str, created: int, context_tokens: int) -> Json:
     return {"object": "list", "data": [card]}
 
 
-def _count(prompt_tokens: int, completion_tokens: int) -> Json:
+def _count(prompt_tokens: int, completion_tokens: int) -> Usage:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

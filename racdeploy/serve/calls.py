@@ -9,6 +9,7 @@ import json
 import re
 import uuid
 from collections.abc import Collection
+from typing import Literal, TypedDict
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
@@ -17,18 +18,31 @@ from racdeploy.files.reading import Json
 CALL_TAG = "<tool_call>"
 
 
+class _Function(TypedDict):
+    name: str
+    arguments: str  # JSON
+
+
+class CallObject(TypedDict):
+    """Call of a tool in OpenAI's form."""
+
+    id: str
+    type: Literal["function"]
+    function: _Function
+
+
 class _Call(BaseModel):
     name: str
     arguments: Json = Field(validation_alias=AliasChoices("arguments", "parameters"))
 
-    def describe(self) -> Json:
+    def describe(self) -> CallObject:
         """Return the call in OpenAI's form; templates of Mistral take ids of nine characters."""
         arguments = json.dumps(self.arguments, ensure_ascii=False)
-        function = {"name": self.name, "arguments": arguments}
+        function = _Function(name=self.name, arguments=arguments)
         return {"id": uuid.uuid4().hex[:9], "type": "function", "function": function}
 
 
-def read_calls(text: str, names: Collection[str]) -> list[Json]:
+def read_calls(text: str, names: Collection[str]) -> list[CallObject]:
     """Return the calls of the named tools that a text consists of; none if it is anything else."""
     parts = re.split("</?tool_call>", text)
     try:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
-from racdeploy.files.reading import Json
 from racdeploy.runtime import AsyncTextStream, TextChunk
 from racdeploy.runtime.text import PartStripper, TextKind
-from racdeploy.serve.calls import CALL_TAG, read_calls
+from racdeploy.serve.calls import CALL_TAG, CallObject, read_calls
 
 
 class VisibleText:
@@ -35,7 +34,7 @@ class VisibleText:
     ) -> None:
         self.is_stopped = False
         self.texts: dict[TextKind, str] = {"thinking": "", "answer": ""}
-        self.calls: list[Json] = []
+        self.calls: list[CallObject] = []
         self._tools = tools
         self._marks = [*stops, CALL_TAG] if tools else stops
         self._stream = stream
