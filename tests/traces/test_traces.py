@@ -10,11 +10,12 @@ import pytest
 from racdeploy import tasks
 from racdeploy.engines import open_engine
 from racdeploy.engines.completion_progress import CompletionProgress
-from racdeploy.engines.engine import EngineSettings
+from racdeploy.engines.engine import Completion, EngineSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Calibration, Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
+from racdeploy.tasks import Problem
 from racdeploy.traces.collect import CompletionSource, collect_traces, make_prompt_traces
 from racdeploy.traces.select import select_traces
 from racdeploy.traces.trace import TraceSet, count_tokens
@@ -56,6 +57,38 @@ def test_traces_are_token_ids_with_their_streams(folder: Path, tmp_path: Path) -
     assert all(len(t.segments()) == len(t.ids) for t in traces)
     assert traces == TraceSet(tmp_path / "traces").read()
     assert len(list((tmp_path / "traces").glob("shard-*.jsonl"))) == 3
+
+
+def test_an_answer_that_ends_is_whole_and_one_at_the_limit_is_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The end-of-sequence belongs to the completion, and to no answer."""
+    encoder = PromptEncoder.from_folder(folder)
+    tags = find_tags(encoder)
+    assert tags is not None
+    end = Checkpoint(folder).eos_ids[0]
+    answer_ids = encoder.encode_text("42")
+    thought_ids = (*tags.open_ids, *encoder.encode_text("six by seven"), *tags.close_ids)
+    completions = [
+        Completion((*thought_ids, *answer_ids, end), "stop"),
+        Completion((*thought_ids, *answer_ids), "length"),
+    ]
+    problems = [Problem("6 * 7?", "42"), Problem("7 * 6?", "42")]
+    whole, cut = collect_traces(
+        CompletionSource(lambda asked: [completions]),
+        encoder,
+        tags,
+        (end,),
+        problems,
+        SETTINGS,
+        TraceSet(tmp_path),
+        CompletionProgress(None, "traces", 2),
+    )
+    assert (whole.truncated, cut.truncated) == (False, True)
+    for trace in (whole, cut):
+        start = trace.answer_from
+        assert start == len(thought_ids)
+        assert list(trace.completion_ids[start : start + len(answer_ids)]) == answer_ids
 
 
 def test_an_interrupted_collection_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
