@@ -129,15 +129,14 @@ def token_rows(model: Path, tokens: int) -> dict[str, list[list[int]]]:
     """Return calibration and held-out rows of token ids: worked solutions, one after the other."""
     from tokenizers import Tokenizer
 
-    from racdeploy import tasks
+    from racdeploy import plugins, tasks
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     count = max(tokens // ROW_TOKENS, 1) + HELD_OUT_ROWS
     names, ids, random = tasks.list_procedural_tasks(), list[int](), Random(0)
     while len(ids) < count * ROW_TOKENS:
-        draw = tasks.load(names[random.randrange(len(names))]).draw
-        assert draw is not None  # a procedural task has it
-        problem = draw(random)
+        name = names[random.randrange(len(names))]
+        problem = plugins.load("tasks", name).draw(random)
         text = f"{problem.question}\n{problem.thinking}\nThe answer is {problem.gold}.\n\n"
         ids += tokenizer.encode(text, add_special_tokens=False).ids
     rows = [ids[start * ROW_TOKENS :][:ROW_TOKENS] for start in range(count)]

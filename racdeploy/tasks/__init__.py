@@ -1,18 +1,20 @@
 """Tasks for models: problems in ``sets/``, scorers in ``scorers/``, one file each.
 
 A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) ->
-list[Problem]``; a public dataset has ``DATASET`` and ``make_problem(row) -> Problem``. A hash of
-its text decides the split of a question, so training, calibration and evaluation never share one,
-whatever the seeds. Published splits of a dataset are kept.
+list[Problem]``; a public dataset has ``DATASET`` and ``make_problem(row) -> Problem``; a library of
+generators has ``open_generator(argument) -> Generator``. A hash of its text decides the split of a
+question, so training, calibration and evaluation never share one, whatever the seeds. Published
+splits of a dataset are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from types import ModuleType
 
 from racdeploy import plugins
@@ -22,8 +24,10 @@ from racdeploy.tasks.public_dataset import HubSplit, PublicDataset, read_hub, re
 from racdeploy.tasks.rows import SUFFIXES, Row, refuse_table
 from racdeploy.tasks.task import (
     FILE_SHARES,
+    GENERATOR_SHARES,
     HUB,
     PROCEDURAL_SHARES,
+    Generator,
     Problem,
     Split,
     Task,
@@ -115,7 +119,7 @@ class TaskSet:
 
         if not count:
             files = [
-                f"{task.spec} has {task.describe_pool()}" for task in chosen if task.draw is None
+                f"{task.spec} has {task.describe_pool()}" for task in chosen if not task.generator
             ]
             raise UsageError(
                 "no-problems-for-split",
@@ -159,6 +163,10 @@ class TaskSet:
         identities = []
 
         for spec, task in self.calibration.items():
+            if task.generator and task.generator.identity:
+                identities.append({"name": task.generator.identity, "pool": ""})
+                continue
+
             serving = task.for_split("calibration", whole=spec not in self.evaluation)
             problems = task.pool if serving.calibration_pool is None else serving.calibration_pool
 
@@ -197,24 +205,58 @@ def load(spec: str) -> Task:
             raise _refuse_unsourced(name, module.DATASET)
         return _load_published(spec, module, argument)
 
+    if hasattr(module, "open_generator"):
+        return _load_generator(spec, module, argument)
     if hasattr(module, "read"):
-        if not argument:
-            raise UsageError(
-                "task-needs-file",
-                f"task {name!r} needs a file",
-                remedy=f"write --tasks {name}:FILE",
-            )
-
-        refuse_table(argument)
-        pool, repeated = _drop_duplicates(module.read(Path(argument)))
-        return Task(spec, None, pool, shares=FILE_SHARES, duplicate_count=repeated)
+        return _load_file(spec, module, argument)
 
     if colon:
         raise UsageError(
             "takes-no-argument", f"task {name!r} takes no argument", remedy=f"write --tasks {name}"
         )
 
-    return Task(spec, module.draw, (), shares=PROCEDURAL_SHARES)
+    return Task(spec, _make_procedural(name, module.draw), (), shares=PROCEDURAL_SHARES)
+
+
+def _make_procedural(name: str, draw: Callable[[Random], Problem]) -> Generator:
+    """Return the generator of a task that draws one problem after the other."""
+
+    def draw_all(split: Split, seed: int) -> Iterator[Problem]:
+        random = Random(f"{name}/{split}/{seed}")
+        while True:
+            yield draw(random)
+
+    return Generator(draw_all)
+
+
+def _load_file(spec: str, module: ModuleType, argument: str) -> Task:
+    """Load a task over a file."""
+    if not argument:
+        name = spec.removesuffix(":")
+        raise UsageError(
+            "task-needs-file", f"task {name!r} needs a file", remedy=f"write --tasks {name}:FILE"
+        )
+
+    refuse_table(argument)
+    pool, repeated = _drop_duplicates(module.read(Path(argument)))
+    return Task(spec, None, pool, shares=FILE_SHARES, duplicate_count=repeated)
+
+
+def _load_generator(spec: str, module: ModuleType, argument: str) -> Task:
+    """Load a task whose argument names a generator."""
+    if not argument:
+        name = spec.removesuffix(":")
+        raise UsageError(
+            "task-needs-generator",
+            f"task {name!r} needs the name of a generator",
+            remedy=f"write --tasks {name}:gsm_symbolic",
+        )
+
+    generator = module.open_generator(argument)
+    task = Task(spec, generator, (), shares=GENERATOR_SHARES)
+    (example,) = task.draw_problems("evaluation", 0, 1)
+    scoring.check(example.scorer)
+    return task
 
 
 def _load_published(spec: str, module: ModuleType, path: str) -> Task:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from random import Random
 from typing import Literal
 
@@ -17,6 +18,12 @@ PROCEDURAL_SHARES: dict[Split, tuple[float, float]] = {
     "calibration": (0.6, 0.8),
     "evaluation": (0.8, 1.0),
 }
+GENERATOR_SHARES: dict[Split, tuple[float, float]] = {
+    "training": (0.0, 0.3),
+    "calibration": (0.3, 0.6),
+    "evaluation": (0.6, 1.0),
+}
+"""Of generators that may take a second for a problem: fewer are drawn in vain."""
 FILE_SHARES: dict[Split, tuple[float, float]] = {
     "training": (0.0, 0.0),
     "calibration": (0.0, 0.5),
@@ -39,11 +46,27 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Generator:
+    """A source of problems without end.
+
+    Args:
+        draw: returns the problems of a split and a seed, always the same ones.
+        origin: program that makes them, with its version; empty for a procedural task, which is
+            part of racdeploy.
+        identity: everything that its problems depend on; empty for a procedural task.
+    """
+
+    draw: Callable[[Split, int], Iterator[Problem]]
+    origin: str = ""
+    identity: str = ""
+
+
+@dataclass(frozen=True)
 class Task:
     """Loaded task."""
 
     spec: str  # as the user typed it, ``jsonl:FILE`` or a plain name
-    draw: Callable[[Random], Problem] | None  # makes a problem; None for a task over a file
+    generator: Generator | None  # makes problems; None for a task over a file
     pool: tuple[Problem, ...]
     # The part of [0, 1) of each split, for the hashes of questions.
     shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
@@ -60,7 +83,7 @@ class Task:
 
     def for_split(self, split: Split, *, whole: bool) -> Task:
         """Return the task for one split; with ``whole``, that split gets all problems of a file."""
-        if self.draw or not whole:
+        if self.generator or not whole:
             return self
         if self.calibration_pool is None:
             return replace(self, shares={split: (0.0, 1.0)})
@@ -77,10 +100,13 @@ class Task:
         published = self.dataset
         sentences = []
 
+        if self.generator and self.generator.origin:
+            sentences.append(f"{self.spec} is drawn and scored by {self.generator.origin}")
+
         # A public dataset has its own splits, a file is split here.
         if published and self.calibration_pool is not None:
             sentences.append(self._describe_splits(published, self.calibration_pool))
-        elif not (self.draw or whole):
+        elif not (self.generator or whole):
             sentences.append(f"{self.spec}: {self.describe_pool()}, split by a hash of each")
 
         if published:
@@ -131,7 +157,7 @@ class Task:
 
     def count_available(self, split: Split) -> int | None:
         """Return the number of problems in a split of a file, or None if problems are drawn."""
-        return None if self.draw else len(self._members(split))
+        return None if self.generator else len(self._members(split))
 
     def draw_problems(self, split: Split, seed: int, count: int) -> list[Problem]:
         """Return ``count`` distinct problems of a split, the same ones for the same seed.
@@ -139,13 +165,12 @@ class Task:
         Raises:
             UsageError: the task has fewer problems.
         """
-        random = Random(f"{task_name(self.spec)}/{split}/{seed}")
-        if self.draw:
-            problems = self._draw_distinct(self.draw, random, split, count)
+        if self.generator:
+            problems = self._draw_distinct(self.generator.draw(split, seed), split, count)
         else:
             # Shuffled: a random subset, as the first questions of a file are often easier.
             problems = self._members(split)
-            random.shuffle(problems)
+            Random(f"{task_name(self.spec)}/{split}/{seed}").shuffle(problems)
 
         if len(problems) < count:
             raise UsageError(
@@ -156,18 +181,14 @@ class Task:
 
         return [replace(problem, task=self.spec) for problem in problems[:count]]
 
-    def _draw_distinct(
-        self, draw: Callable[[Random], Problem], random: Random, split: Split, count: int
-    ) -> list[Problem]:
+    def _draw_distinct(self, drawn: Iterator[Problem], split: Split, count: int) -> list[Problem]:
         """Draw until ``count`` different questions of the split are found, or give up."""
         problem_by_question: dict[str, Problem] = {}
-        for _ in range(count * _MAX_DRAWS_PER_PROBLEM):
-            if len(problem_by_question) == count:
-                break
-
-            problem = draw(random)
+        for problem in islice(drawn, count * _MAX_DRAWS_PER_PROBLEM):
             if self._is_in_split(split, problem):
                 problem_by_question.setdefault(problem.question, problem)
+            if len(problem_by_question) == count:
+                break
 
         return [*problem_by_question.values()]
 

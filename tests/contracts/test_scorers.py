@@ -24,6 +24,13 @@ _INSTRUCTIONS = json.dumps(
     }
 )
 CASES: dict[str, list[Case]] = {
+    "gym:leg_counting@3000000000+1": [
+        ("13 * 6 ...\n<answer>118</answer>", "118", True, "118", "between <answer> and </answer>"),
+        (r"\boxed{118}", "118", True, "118", "boxed"),
+        ("Well.\n**Answer:** 118.", "118", True, "118", "last line"),
+        ("<answer>118 legs</answer>", "118", False, "118 legs", "between <answer> and </answer>"),
+        ("I do not know", "118", False, "I do not know", "last line"),
+    ],
     "auto": [
         (r"\boxed{\$1{,}234}", "1,234", True, r"\$1{,}234", "boxed"),
         (r"\boxed{m+n = 12\%}", "12", True, r"m+n = 12\%", "boxed"),
@@ -124,7 +131,8 @@ def test_scorers_find_what_models_write(spec: str) -> None:
 )
 def test_no_text_of_a_model_raises_or_scores(spec: str, answer: str) -> None:
     """Whatever it writes, it is an answer that is wrong."""
-    assert not scoring.score(spec, answer.encode("utf-8", "replace").decode(), "42").correct
+    gold = CASES[spec][0][1] if spec.startswith("gym:") else "42"  # an item knows its own
+    assert not scoring.score(spec, answer.encode("utf-8", "replace").decode(), gold).correct
 
 
 @pytest.mark.parametrize(

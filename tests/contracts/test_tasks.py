@@ -144,10 +144,10 @@ def test_score_takes_the_gold_answer_and_refuses_others(task: tasks.Task) -> Non
 
 
 def test_every_task_file_draws_reads_or_asks() -> None:
-    """A task is procedural, reads a file, or is a public set."""
+    """A task is procedural, reads a file, is a public set, or a library of generators."""
     for name in plugins.list_names("tasks"):
         module = plugins.load("tasks", name)
-        ways = [hasattr(module, way) for way in ("draw", "read", "make_problem")]
+        ways = [hasattr(module, way) for way in ("draw", "read", "make_problem", "open_generator")]
         assert ways.count(True) == 1, name
         assert hasattr(module, "DATASET") == hasattr(module, "make_problem"), name
 

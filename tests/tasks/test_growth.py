@@ -16,6 +16,7 @@ from racdeploy.report import markdown, tables
 from racdeploy.runtime.text import StreamDecoder
 from racdeploy.runtime.thinking import ThinkingTags, split_completion
 from racdeploy.tasks import extraction
+from racdeploy.tasks.scorers import gym
 
 SMALL, LARGE = 1_000, 8_000  # repeats
 REPEATED = [
@@ -55,12 +56,13 @@ REPEATED = [
 ]
 BEFORE = ["", "\\boxed{", "#### ", "the answer", "answer is ", "x = "]
 AFTER = ["", "1}"]
-OWN_SCORERS = sorted(set(plugins.list_names("scorers")) - {"ifeval", "math", "regex"})
+OWN_SCORERS = sorted(set(plugins.list_names("scorers")) - {"gym", "ifeval", "math", "regex"})
 """The others have a library's or a user's expressions, and a process with limits of time."""
 READERS: dict[str, Callable[[str], object]] = {
     "extract_boxed": extraction.extract_boxed,
     "extract_hash_mark": extraction.extract_hash_mark,
     "extract_last_number": extraction.extract_last_number,
+    "final answer": gym.extract_answer,
     "parse_number": extraction.parse_number,
     "is_same_answer": lambda text: extraction.is_same_answer(text, "four apples"),
     "workflow command": lambda text: console._COMMAND.sub("", text),
