@@ -53,6 +53,20 @@ def test_units_import_only_lower_rungs() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_work_asks_its_share_and_not_the_process_group() -> None:
+    """Who joins a job, builds and opens workspaces has the group; all others have a share."""
+    group = "racdeploy.pruning.process_group"
+    knowing = {
+        file.relative_to(ROOT).as_posix() for file in ROOT.rglob("*.py") if group in _imports(file)
+    }
+    assert knowing == {
+        "api/builds.py",
+        "pipeline/build.py",
+        "pipeline/workspace.py",
+        "pruning/job_share.py",
+    }
+
+
 def test_every_unit_has_a_rung() -> None:
     """A new file or folder is placed on the ladder on purpose."""
     units = {_unit(file) for file in ROOT.rglob("*.py")} - {"__init__"}
