@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.files.writing import file_sha256
-from tests.support.commands import command, environment, racdeploy
+from tests.support.commands import command_with_torch, environment, racdeploy
 from tests.support.matrix import some
 from tests.support.tiny_models import make_checkpoint
 
@@ -71,7 +71,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     """Killed right after a shard or block appears, it goes on there and ends the same."""
     work = tmp_path / "work"
     process = subprocess.Popen(
-        command(*_arguments(folder, tmp_path)),
+        command_with_torch(*_arguments(folder, tmp_path)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment(),

@@ -27,7 +27,7 @@ from racdeploy.pruning.job_share import JobShare
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.statistics import InputStatistic
 from racdeploy.recipe import Recipe
-from tests.support.commands import command, environment, find_error_code
+from tests.support.commands import command_with_torch, environment, find_error_code
 from tests.support.job_recipes import TRACES
 from tests.support.tiny_models import make_checkpoint
 
@@ -81,7 +81,7 @@ def _start(
         arguments[1] = models[rank] if models else arguments[1]
         started.append(
             subprocess.Popen(
-                command(*arguments),
+                command_with_torch(*arguments),
                 env=environment(**{name: str(value) for name, value in variables.items()}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

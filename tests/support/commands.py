@@ -54,6 +54,16 @@ def command(*arguments: object) -> list[str]:
     ]
 
 
+def command_with_torch(*arguments: object) -> list[str]:
+    """Return the same as a child that ends with this process and is forked with torch imported.
+
+    :mod:`tests.support.prefork` forks it where it is given no folder and no function to begin with.
+    """
+    runner = [sys.executable, "-P", "-m", "racdeploy.processes.die_with_parent"]
+    limits = ("0", "0")
+    return [*runner, str(os.getpid()), *limits, "racdeploy.__main__", *map(str, arguments)]
+
+
 def racdeploy(*arguments: object, cwd: Path | None = None, **extra: str) -> Outcome:
     """Run ``racdeploy`` to its end in this process, which has torch already.
 

@@ -32,6 +32,7 @@ _RUNNER = [sys.executable, "-P", "-m", "racdeploy.processes.die_with_parent"]
 _WITH_ARGUMENT = {"racdeploy.engines.worker": 1, "racdeploy.sandbox.worker": 1}
 """Modules whose next argument is a module that they import."""
 _PRELOADED = {
+    "racdeploy.__main__": ("racdeploy.pipeline.build", "transformers.models.qwen3.modeling_qwen3"),
     "racdeploy.exporting.onnx.exporters.torch.child": ("transformers.models.auto.modeling_auto",),
     "racdeploy.exporting.onnx.parity": ("transformers.models.qwen3.modeling_qwen3",),
 }
