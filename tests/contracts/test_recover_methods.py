@@ -118,7 +118,7 @@ def test_it_says_what_it_takes(
     monkeypatch.setattr(cost, "_HEAD_BYTES", 0)
     small = recovery.load(method).peak_bytes(make_training_run(tmp_path))
     (tmp_path / "large").mkdir()
-    wide = make_training_run(tmp_path / "large", intermediate_size=4096)
+    wide = make_training_run(tmp_path / "large", intermediate_size=1024)
     assert 0 < small < recovery.load(method).peak_bytes(wide)
 
 

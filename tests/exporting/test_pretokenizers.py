@@ -30,7 +30,7 @@ from tests.support.tiny_models import make_checkpoint
 
 TOKENS = 2900
 OWN_NAMES = {"Tekken": "tekken", "o200k": "gpt-4o"}  # in llama.cpp
-TEXTS = (*read_probe_strings(), *make_mixed_lines(10_000))
+TEXTS = (*read_probe_strings(), *make_mixed_lines(3_000))
 # llama.cpp compiles these expressions for each text, which takes milliseconds.
 FEW = (*read_probe_strings()[::4], "x\u0302", *make_mixed_lines(10_000)[:150])
 ROWS = {name: (steps, ignore) for (steps, ignore), name in pretokenizers.PRE_TOKENIZERS.items()}
@@ -107,7 +107,7 @@ def write_step(step: str) -> dict[str, Any]:
 def test_the_derived_name_splits_alike(tokens: dict[str, list[list[list[int]]]], name: str) -> None:
     """llama.cpp, told the derived name, gives the ids of the tokenizers library for every text.
 
-    The texts are the probe strings and 10 000 lines of mixed text.
+    The texts are the probe strings and 3 000 lines of mixed text.
     """
     expected, found = tokens[name]
     assert [t for t, a, b in zip(TEXTS, expected, found, strict=True) if a != b] == []

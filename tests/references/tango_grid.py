@@ -37,18 +37,19 @@ def score(n10: int, n01: int, n: int, drop: float) -> float:
     return difference / math.sqrt(variance)
 
 
-def interval(
-    n10: int, n01: int, n: int, confidence: float, points: int = 2001
-) -> tuple[float, float]:
-    """Return the ends of the accepted drops, each within one step of a grid refined once."""
+def interval(n10: int, n01: int, n: int, confidence: float) -> tuple[float, float]:
+    """Return the ends of the accepted drops, by ever finer grids, within a step of 1e-5."""
     quantile = float(norm.ppf((1 + confidence) / 2))
-    coarse = np.linspace(-1, 1, points)
-    accepted = [d for d in coarse if abs(score(n10, n01, n, d)) <= quantile]
-    accepted = accepted or [(n10 - n01) / n]
-    step = 2 / (points - 1)
+
+    def list_accepted(low: float, high: float, points: int) -> list[float]:
+        grid = np.linspace(max(-1, low), min(1, high), points)
+        return [float(drop) for drop in grid if abs(score(n10, n01, n, drop)) <= quantile]
+
+    coarse = list_accepted(-1, 1, 201) or [(n10 - n01) / n]
     ends = []
-    for end in (min(accepted), max(accepted)):
-        fine = np.linspace(max(-1, end - step), min(1, end + step), 201)
-        inside = [d for d in fine if abs(score(n10, n01, n, d)) <= quantile] or [end]
-        ends.append(float(min(inside) if end == min(accepted) else max(inside)))
+    for choose in (min, max):
+        end = choose(coarse)
+        for step in (1e-2, 1e-3, 1e-4):
+            end = choose(list_accepted(end - step, end + step, 21) or [end])
+        ends.append(end)
     return ends[0], ends[1]

@@ -72,10 +72,10 @@ def _run_to_the_end(race: Race) -> list[str]:
 def test_stopping_early_changes_no_winner_and_saves_most_tokens(
     objective: Objective, ratio: float, saved: float
 ) -> None:
-    """In 20 seeds of a made-up front."""
+    """In eight seeds of a made-up front."""
     shares = []
 
-    for seed in range(20):
+    for seed in range(8):
         race = _race(Front(seed, ACCURACIES), objective, ratio)
         order = race.run()
 
@@ -153,7 +153,7 @@ def test_rounds_grow_to_all_prompts() -> None:
     assert list_rounds(7) == [7]
 
 
-@pytest.mark.parametrize("races", [20, pytest.param(40, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("races", [10, pytest.param(40, marks=pytest.mark.matrix)])
 def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best(races: int) -> None:
     """12 equal models, 3 % of whose thoughts take twenty times as long."""
     stopped = 0

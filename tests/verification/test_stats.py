@@ -71,7 +71,7 @@ def test_tango_gives_the_published_intervals(
 )
 @pytest.mark.parametrize("confidence", [0.90, 0.99])
 def test_tango_matches_the_grid_oracle(n10: int, n01: int, n: int, confidence: float) -> None:
-    """Within one fine step: the oracle's grid has a spacing of 2 · 0.001 / 200 = 1e-5."""
+    """Within one step of the oracle's finest grid, which is 1e-5."""
     expected = tango_grid.interval(n10, n01, n, confidence)
     assert tango_interval(n10, n01, n, confidence) == pytest.approx(expected, abs=1.1e-5)
 
