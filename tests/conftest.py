@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -50,6 +51,12 @@ _take_own_core()  # before the conftest.py of a folder imports torch, which read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first; the order of all others stays."""
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+
+
+def pytest_collection_finish() -> None:
+    """Spare each collection of garbage the thousands of tests and their modules, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -92,7 +92,7 @@ def test_a_shortened_model_is_compared_with_what_costs_no_training(tmp_path: Pat
     bundle = tmp_path / "bundle"
     outcome = racdeploy(
         *("build", "--target", "ci-smoke", "--tasks", "gcd", "--shorten", "--compare-same-size"),
-        *("--trace-prompts", 8, "--prompts", 20, "--threads", 1, "--json"),
+        *("--trace-prompts", 8, "--prompts", 12, "--threads", 1, "--json"),
         *(part for key, value in settings.items() for part in ("--set", f"{key}={value!r}")),
         *("--work", tmp_path / "work", "--out", bundle),
     )
