@@ -16,13 +16,14 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.dense_logits import DenseLogits, make_opener
 from racdeploy.pipeline.workspace import identify_code
 from racdeploy.pruning import PrunedModel
+from racdeploy.traces.text import split_text
 from racdeploy.traces.trace import TraceSet
 from racdeploy.verification.answer_sampler import TraceIds
 from racdeploy.verification.stats.distributions import Floats
 
 _MAX_TRACES = 32
 _MAX_TEXT_TOKENS = 1024
-_CHUNK_TOKENS = 256  # of the text, each read without what comes before it
+_CHUNK_TOKENS = 256  # of the text, each read as the beginning of one
 _TEXT = files("racdeploy.pipeline") / "plain_text.txt"
 
 
@@ -78,10 +79,8 @@ def _list_trace_ids(build: Build) -> list[TraceIds]:
 
 
 def _list_text_ids(build: Build) -> list[TraceIds]:
-    ids = build.job.encoder.encode_text(_TEXT.read_text(encoding="utf-8"))
-    length = min(_CHUNK_TOKENS, build.job.checkpoint.shape.max_positions)
-    chunks = [ids[start : start + length] for start in range(0, len(ids), length)]
-
-    # The first token is the prompt: nothing predicts it.
-    chosen = chunks[: _MAX_TEXT_TOKENS // length or 1]
-    return [(tuple(chunk[:1]), tuple(chunk[1:])) for chunk in chosen if len(chunk) > 1]
+    encoder = build.job.encoder
+    ids = encoder.encode_text(_TEXT.read_text(encoding="utf-8"))
+    leading_ids = encoder.leading_ids
+    length = min(_CHUNK_TOKENS, build.job.checkpoint.shape.max_positions - len(leading_ids))
+    return split_text(ids, length, leading_ids)[: _MAX_TEXT_TOKENS // length or 1]

@@ -90,7 +90,8 @@ class GgufTokenizer(Tokenizer):
     def _facts(self) -> VocabularyFacts:
         controls = self.decode_batch([[token] for token in self.info["control_ids"]])
         longest = max(map(len, self._pieces), default=1)
-        return VocabularyFacts(len(self._pieces), longest, controls)
+        leading_ids = [self.info["bos_id"]] if self.info["add_bos"] else []
+        return VocabularyFacts(len(self._pieces), longest, controls, leading_ids)
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of white space, which llama.cpp knows whatever the vocabulary writes."""

@@ -219,6 +219,11 @@ class PromptEncoder:
         """Return the ids of a text; special tokens in it are parsed, none are added."""
         return self.tokenizer.encode(text)
 
+    @property
+    def leading_ids(self) -> list[int]:
+        """Ids that begin every text of the model, as its beginning-of-sequence; empty without."""
+        return [*self.tokenizer.leading_ids] or self.encode_text(self.lead)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, with special tokens written out."""
         return self.tokenizer.decode(ids)

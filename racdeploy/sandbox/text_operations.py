@@ -116,12 +116,25 @@ class _Texts:
         return {"ids": [self._tokenizer.token_to_id(text) for text in request["texts"]]}
 
     def describe(self, request: Header) -> Header:
-        """Return size and longest token of the vocabulary, and control tokens."""
+        """Return size, longest token and control tokens of the vocabulary, and what leads texts."""
         added = self._tokenizer.get_added_tokens_decoder()
         controls = [token.content for token in added.values() if token.special]
         longest = max(map(len, self._tokenizer.get_vocab()), default=1)
-        size = self._tokenizer.get_vocab_size()
-        return {"size": size, "longest": longest, "controls": controls}
+        return {
+            "size": self._tokenizer.get_vocab_size(),
+            "longest": longest,
+            "controls": controls,
+            "leading_ids": self._find_leading_ids(),
+        }
+
+    def _find_leading_ids(self) -> list[int]:
+        """Return the ids that the post-processor puts before a text."""
+        whole = self._tokenizer.encode("a").ids
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        for start in range(len(whole)):
+            if bare and whole[start : start + len(bare)] == bare:
+                return list(whole[:start])
+        return []
 
     def name_tokens(self, request: Header) -> Header:
         """Return the token of each id as the vocabulary writes it, None for an unknown id."""

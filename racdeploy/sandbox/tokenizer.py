@@ -35,11 +35,13 @@ class VocabularyFacts:
         size: number of tokens, added ones included.
         longest: length of the longest token.
         controls: texts of the control tokens.
+        leading_ids: ids before every text of the model, as it was trained.
     """
 
     size: int
     longest: int
     controls: Sequence[str]
+    leading_ids: Sequence[int] = ()
 
 
 class Tokenizer:
@@ -147,6 +149,11 @@ class Tokenizer:
         """Return the number of tokens, added ones included."""
         return self._facts.size
 
+    @property
+    def leading_ids(self) -> tuple[int, ...]:
+        """Ids that begin every text of the model, by the tokenizer's own post-processor."""
+        return tuple(self._facts.leading_ids)
+
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts of control tokens, such as those that begin and end a turn; longest first."""
@@ -178,7 +185,9 @@ class Tokenizer:
     @cached_property
     def _facts(self) -> VocabularyFacts:
         answer = self._ask("describe")
-        return VocabularyFacts(answer["size"], answer["longest"], answer["controls"])
+        return VocabularyFacts(
+            answer["size"], answer["longest"], answer["controls"], answer["leading_ids"]
+        )
 
     def _ask(self, op: str, more_seconds: float = 0.0, **values: Any) -> Header:
         request = SandboxRequest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from racdeploy.engines.engine import Ids
 from racdeploy.errors import UsageError
 from racdeploy.files.texts import read_texts
 from racdeploy.runtime.template import PromptEncoder
@@ -25,12 +26,8 @@ def read_text_traces(file: str, encoder: PromptEncoder) -> tuple[list[Trace], li
     for piece in read_texts([file], "recover.extra_text"):
         ids += encoder.encode_text(piece)
 
-    chunks: list[Trace] = []
-    for start in range(0, len(ids), CHUNK_TOKENS):
-        chunk = ids[start : start + CHUNK_TOKENS]
-        if len(chunk) > 1:  # the first token of a chunk is never predicted
-            chunks.append(_as_trace(len(chunks), chunk))
-
+    pieces = split_text(ids, CHUNK_TOKENS, encoder.leading_ids)
+    chunks = [_as_trace(index, *piece) for index, piece in enumerate(pieces)]
     if len(chunks) < _MIN_CHUNKS:
         raise UsageError(
             "text-too-short",
@@ -44,6 +41,28 @@ def read_text_traces(file: str, encoder: PromptEncoder) -> tuple[list[Trace], li
     return [trace for trace in chunks if trace.index not in indices], held_out
 
 
+def split_text(
+    ids: Sequence[int], length: int, leading_ids: Sequence[int]
+) -> list[tuple[Ids, Ids]]:
+    """Return chunks of a text as prompt and completion.
+
+    Each begins as the model's texts begin: without that, a published model predicts it badly, and
+    a comparison on it says little. Without leading ids the chunk's first token is the prompt.
+
+    Args:
+        length: of a chunk, in tokens of the text.
+        leading_ids: ids that begin every text of the model.
+    """
+    chunks = []
+    for start in range(0, len(ids), length):
+        chunk = ids[start : start + length]
+        whole = [*leading_ids, *chunk]
+        if len(chunk) > 1:
+            given = max(len(leading_ids), 1)
+            chunks.append((tuple(whole[:given]), tuple(whole[given:])))
+    return chunks
+
+
 def choose_text_traces(text: Sequence[Trace], trace_tokens: int, share: float) -> list[Trace]:
     """Return chunks, spread over the text, for about a ``share`` of all tokens in training."""
     text_tokens = trace_tokens * share / (1 - share)
@@ -52,14 +71,14 @@ def choose_text_traces(text: Sequence[Trace], trace_tokens: int, share: float) -
     return [text[part * len(text) // count] for part in range(count)]
 
 
-def _as_trace(index: int, ids: Sequence[int]) -> Trace:
-    """Return a chunk as thinking after a prompt of one token, which nothing predicts."""
+def _as_trace(index: int, prompt_ids: Ids, completion_ids: Ids) -> Trace:
+    """Return a chunk as thinking after a prompt, which nothing predicts."""
     return Trace(
         index,
         TEXT_TASK,
         question="",
         gold="",
-        prompt_ids=tuple(ids[:1]),
-        completion_ids=tuple(ids[1:]),
-        thinking_tokens=len(ids) - 1,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        thinking_tokens=len(completion_ids),
     )

@@ -43,6 +43,29 @@ def test_decodes_as_the_library_does(tmp_path: Path, decoder: str) -> None:
     assert (found._bytes is not None) == (decoder == "byte-level")
 
 
+def test_what_begins_a_text_is_what_the_library_adds(tmp_path: Path) -> None:
+    """A post-processor may add it; a token that the vocabulary merely has is not added."""
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    assert Tokenizer(file).leading_ids == ()
+
+    start = tokenizers.Tokenizer.from_file(str(file)).token_to_id("<|endoftext|>")
+    adding = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [start], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    edit_json(file, post_processor=adding)
+    assert Tokenizer(file).leading_ids == (start,)
+
+
 _ADDED = {
     "special": True,
     "single_word": False,

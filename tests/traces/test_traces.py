@@ -18,6 +18,7 @@ from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
 from racdeploy.traces.collect import CompletionSource, collect_traces, make_prompt_traces
 from racdeploy.traces.select import select_traces
+from racdeploy.traces.text import split_text
 from racdeploy.traces.trace import TraceSet, count_tokens
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
@@ -153,3 +154,10 @@ def test_only_correct_leaves_out_the_rest(folder: Path) -> None:
     selection = select_traces(mixed, Calibration(only_correct=True, held_out_share=0))
     assert all(trace.correct for trace in selection.calibration)
     assert selection.excluded == {"wrong answer": 8}
+
+
+def test_chunks_of_a_text_begin_as_the_models_texts_do() -> None:
+    """Or with their own first token, which nothing predicts; none of the text is lost."""
+    ids = list(range(10, 17))
+    assert split_text(ids, 3, [1]) == [((1,), (10, 11, 12)), ((1,), (13, 14, 15))]
+    assert split_text(ids, 4, []) == [((10,), (11, 12, 13)), ((14,), (15, 16))]
