@@ -39,8 +39,9 @@ OPTIONS = {
     "target": "ci-smoke",
     "prune": {"sparsity": 0.5},
     "traces": {"count": 64},
-    "verify": {"count": 32, "max_new_tokens": 240, "logit_traces": 2},
+    "verify": {"count": 32, "max_new_tokens": 300, "logit_traces": 2},
 }
+"""The longest answer has 227 tokens, and 295 where thoughts are made 30 % longer."""
 CLOSE_ID, EOS_ID = 511, 509  # </think> and <|im_end|> of the embedded model
 
 
