@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -12,11 +13,11 @@ import pytest
 import typer
 
 import racdeploy
-from racdeploy.api import functions
+from racdeploy.api import functions, options
 from racdeploy.api.builds import read_recipe
 from racdeploy.api.options import BuildOptions
 from racdeploy.cli.app import app
-from racdeploy.verification.gate import read_gate
+from racdeploy.verification.gate import Gate, read_gate
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
@@ -215,3 +216,53 @@ def test_a_recipe_in_memory_is_its_file(folder: Path, monkeypatch: pytest.Monkey
 def test_an_unknown_keyword_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="sparsty"):
         racdeploy.prune("my-model", sparsty=0.5)  # type: ignore[call-arg]
+
+
+OUTSIDE_RECIPE = frozenset({
+    "recipe", "settings", "key_host", "pruned", "tier", "out", "work", "threads",
+})  # fmt: skip
+"""Options that say how a command runs, or that are merged with a recipe elsewhere."""
+GIVEN = {
+    "gate": Gate(confidence=0.8),
+    "keep": {"ffn": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        options.TraceOptions,
+        options.PruneOptions,
+        options.BuildOptions,
+        options.RecoverOptions,
+        options.ExportOptions,
+        options.TuneOptions,
+    ],
+)
+def test_every_option_reaches_the_recipe(kind: type[options.TraceOptions]) -> None:
+    """One that is read and then forgotten would silently build something else."""
+    plain = kind(model="tiny-reasoner")
+    for field in dataclasses.fields(kind):
+        if field.name in OUTSIDE_RECIPE:
+            continue
+        before = getattr(plain, field.name)
+        value = GIVEN.get(field.name, _invent(str(field.type), before))
+        changed = dataclasses.replace(plain, **{field.name: value})
+        assert _drop_empty(changed.to_settings()) != _drop_empty(plain.to_settings()), field.name
+
+
+def _invent(annotation: str, before: object) -> object:
+    """Return a value of an option's type that is not its default."""
+    if isinstance(before, bool):
+        return not before
+    if isinstance(before, tuple) or "Names" in annotation:
+        return ("given",)
+    return 3 if "int" in annotation or "float" in annotation else "given"
+
+
+def _drop_empty(settings: object) -> object:
+    """Return nested settings without those that say nothing."""
+    if not isinstance(settings, dict):
+        return settings
+    kept = {key: _drop_empty(value) for key, value in settings.items()}
+    return {key: value for key, value in kept.items() if value not in (None, (), {})}
