@@ -13,12 +13,10 @@ with parts of a block in one tensor."""
 
 
 def some(names: Iterable[Hashable], kept: Collection[Hashable] = KINDS) -> list[Any]:
-    """Return values of an argument, or tuples of several: those kept, and others for the matrix."""
-    values: list[Any] = []
-    for name in names:
-        others = name if isinstance(name, tuple) else (name,)
-        values.append(name if name in kept else pytest.param(*others, marks=pytest.mark.matrix))
-    return values
+    """Return values of one argument: those that are kept, and the others for the matrix."""
+    return [
+        name if name in kept else pytest.param(name, marks=pytest.mark.matrix) for name in names
+    ]
 
 
 def some_cases(cases: Mapping[str, Mapping[str, Any]], kept: Collection[str]) -> list[Any]:
