@@ -160,6 +160,14 @@ def open_bundle(folder: Path, manifest: Manifest) -> DeployedModel:
 def _open_gguf(file: Path) -> DeployedModel:
     header = read_header(file)
     metadata = header.metadata
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise ArtifactError(
+            "no-model-in-file",
+            f"{file} is a GGUF file of type {kind!r:.100}, not of a model",
+            remedy="name the file of the model: a pattern such as *.gguf matches others, too",
+        )
+
     encoder = GgufEncoder.from_file(file)
     info = encoder.tokenizer.info
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from racdeploy import load
+from racdeploy.quant.importance import Importance
 from racdeploy.runtime.deployed import DeployedModel, find_model, find_plain, find_served
 from tests.support.errors import raises
 from tests.support.spoiled_gguf import add_float
@@ -44,6 +46,15 @@ def test_a_model_behind_a_server_has_no_manifest(tmp_path: Path) -> None:
     assert served.manifest is None
     assert (served.name, served.entry.backend) == ("http://localhost:1/v1", "server")
     assert served.settings.tokenizer == bundle.settings.tokenizer
+
+
+def test_an_importance_matrix_is_no_model(tmp_path: Path) -> None:
+    """It lies beside every GGUF artifact, and a pattern of names matches both."""
+    file = tmp_path / "model.imatrix.gguf"
+    known = Importance(tmp_path / "in", {"up": np.ones(32, np.float32)}, {"up": 9})
+    known.write_imatrix(file, {"blk.0.ffn_up.weight": ["up"]})
+    with raises("no-model-in-file", "imatrix"):
+        find_plain(file)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
