@@ -130,7 +130,6 @@ def _read_names(text: str) -> Names:
 _READERS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "settings": (list[str], _read_settings),
     "keep": (list[str], _read_shares),
-    "sparsity": (str, str),
     "max_bytes": (str, functools.partial(read_size, option="--max-bytes")),
     "max_memory": (str, functools.partial(read_size, option="--max-memory")),
     "budget": (str, read_duration),
@@ -196,6 +195,8 @@ def _make_parameter(each: Field[Any], kind: Any, shown: OptionHelp, meaning: str
         kind, _ = _READERS[each.name]
     elif kind == Names:
         kind = list[str]
+    elif str in get_args(kind):  # a number or a text, which the recipe checks
+        kind = str | None
     if (kind == list[str] and each.default_factory is not MISSING) or default == ():
         default = None
 

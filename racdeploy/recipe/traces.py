@@ -1,0 +1,92 @@
+"""Traces of a model, and the choice of those that calibrate."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from racdeploy.errors import UsageError
+from racdeploy.files.toml import TomlTable
+from racdeploy.manifest import MAX_TOKENS
+from racdeploy.recipe.section import MAX_PROMPTS, MAX_SECONDS, BatchSize, Section
+from racdeploy.recipe_settings import TraceSettings
+from racdeploy.results.schema import FiniteNonNegative
+
+_SERVER_URL = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
+
+
+class Traces(Section):
+    """Collection of the model's own chains of thought."""
+
+    count: int = Field(default=256, ge=1, le=MAX_PROMPTS)
+    temperature: FiniteNonNegative = 0.6
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
+    batch_size: BatchSize = 64  # one shard on disk each
+    seed: NonNegativeInt = 0
+    server: str = ""
+    server_model: str = ""
+    server_key_env: str = ""
+    server_concurrency: BatchSize = 16
+    server_timeout_s: float = Field(default=1800.0, gt=0, le=MAX_SECONDS)
+
+    # Not a field validator: its message would quote the address, which may contain a key.
+    @model_validator(mode="after")
+    def _check_server(self) -> Self:
+        if self.server and not _SERVER_URL.match(self.server):
+            raise ValueError(
+                "server is not http://HOST:PORT/v1, with http or https; "
+                "no name, key or query belongs in it"
+            )
+
+        changed = [n for n, f in type(self).model_fields.items() if getattr(self, n) != f.default]
+        unused = [name for name in changed if name.startswith("server_")]
+
+        if unused and not self.server:
+            raise ValueError(f"{', '.join(unused)} without server")
+
+        return self
+
+    @property
+    def identity(self) -> TomlTable:
+        """Settings that determine the traces: sampling and model, not how the server is reached.
+
+        A server with a named model may change its address; otherwise the address identifies the
+        model.
+        """
+        values = self.model_dump()
+        sampling = {key: value for key, value in values.items() if not key.startswith("server")}
+        if self.server:
+            sampling["server"] = self.server_model or self.server
+        return sampling
+
+    def check_key_destination(self, trace_options: TraceSettings, allowed: str) -> None:
+        """Refuse to send a key of this machine to a host that only a recipe file names.
+
+        Args:
+            trace_options: ``traces`` settings from the command line.
+            allowed: host that the user permits with ``--key-host``.
+        """
+        is_typed = trace_options.get("server_key_env") and trace_options.get("server")
+        host = urllib.parse.urlsplit(self.server).hostname or ""
+        if not self.server_key_env or is_typed or host == allowed.lower():
+            return
+
+        raise UsageError(
+            "key-not-allowed",
+            f"the recipe file sends the environment variable {self.server_key_env} to {host}",
+            remedy=f"if you want that: --key-host {host}",
+        )
+
+
+class Calibration(Section):
+    """Selection of the trace tokens that the statistics are gathered on."""
+
+    source: Literal["rac", "prompt"] = "rac"
+    max_tokens: NonNegativeInt = 0
+    only_correct: bool = False
+    keep_truncated: bool = False
+    held_out_share: float = Field(default=0.125, ge=0, le=0.5)
