@@ -24,7 +24,7 @@ from racdeploy.recipe.verification import Runtime, Verification
 from racdeploy.recipe_settings import RecipeSettings, drop_unset, merge_settings, read_settings
 from racdeploy.targets import Rung, Target
 
-EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
+EXAMPLE = (files("racdeploy.recipe") / "recipe.toml").read_text(encoding="utf-8")
 """Recipe that ``racdeploy init`` writes: every key, the seldom used ones as comments."""
 _INIT_COMMAND = "racdeploy init"
 

@@ -91,7 +91,7 @@ def test_a_stage_reaches_what_decides_its_content() -> None:
         "traces/select.py",
     } <= _reached("prune")
     assert {"packing/onnx/folding.py", "packing/packers/bitmask.py"} <= _reached("export")
-    assert {"recipe.toml", "tensors/ggml_types.toml"} <= _reached("export")
+    assert {"recipe/recipe.toml", "tensors/ggml_types.toml"} <= _reached("export")
     assert {"exporting/gguf/__init__.py", "quant/formats/q4_k.py"} <= _reached("export")
     assert "exporting/onnx/exporters/optimum/child.py" in _reached("export")
     assert "exporting/onnx/parity.py" in _reached("export")
