@@ -15,7 +15,7 @@ from racdeploy.errors import MissingExtraError
 ROOT = Path(racdeploy.__file__).parent
 LOOSE_MODULES = 9
 MEMBERS: dict[str, tuple[set[str], ...]] = {
-    "tasks": ({"draw"}, {"read"}, {"DATASET", "make_problem"}),
+    "tasks": ({"draw"}, {"read"}, {"open_generator"}, {"DATASET", "make_problem"}),
     "scorers": ({"score"},),
     "families": ({"FAMILY"},),
     "quant": ({"QUANT"},),
