@@ -105,7 +105,7 @@ def lead(link: str, origin: str, place: str) -> str:
 
 def write_recipe() -> str:
     """Return the page of the recipe: the commented file that ``racdeploy init`` writes."""
-    text = (ROOT / "racdeploy" / "recipe.toml").read_text(encoding="utf-8")
+    text = (ROOT / "racdeploy" / "recipe" / "recipe.toml").read_text(encoding="utf-8")
     return (
         "# Recipe\n\n"
         "What a build shall do, in a file: `racdeploy init` writes this one, "

@@ -25,7 +25,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from racdeploy import tasks
+from racdeploy import plugins, tasks
 from racdeploy.processes.cores import has_fast_bfloat16
 from racdeploy.processes.heap import keep_heap
 from racdeploy.tasks import scoring
@@ -137,7 +137,7 @@ def model_config(tokenizer: Tokenizer) -> Qwen3Config:
 def examples(seed: int, shares: dict[str, float]) -> Iterator[tasks.Problem]:
     """Yield training problems without end, only from the training split."""
     random = Random(seed)
-    modules = {name: tasks.load(name) for name in shares}
+    modules = {name: plugins.load("tasks", name) for name in shares}
     while True:
         (name,) = random.choices(list(shares), weights=list(shares.values()))
         problem = modules[name].draw(random)

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -143,6 +144,16 @@ def _choose_templates(dataset: Any, spec: GeneratorSpec, seed: int) -> None:
             "unknown-template",
             f"{spec.name} has no templates {given!r}; it has {min(known)} to {max(known)}",
             remedy=f"write {_TEMPLATES}=0-39, or {_TEMPLATES}=1,5,7",
+        )
+
+    # Some templates of gsm_symbolic are known to be wrong, and its own draws leave them out.
+    usable = set(getattr(sys.modules[type(dataset).__module__], "tasks_ok", known))
+    chosen = [template for template in chosen if template in usable]
+    if not chosen:
+        raise UsageError(
+            "unknown-template",
+            f"reasoning-gym draws none of the templates {given!r} of {spec.name}",
+            remedy="name others",
         )
     setattr(dataset, _TEMPLATES, Random(seed).choices(chosen, k=CHUNK_ITEMS))
 
