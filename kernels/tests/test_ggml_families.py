@@ -26,7 +26,7 @@ from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 pytestmark = pytest.mark.slow
 QUANTS = ("q8_0", "q4_0")
-ROWS = {row["family"]: row for row in reversed(describe_families())}  # without experts first
+ROWS = {row.family: row for row in reversed(describe_families())}  # without experts first
 _CHILD = """
 import sys
 
@@ -125,7 +125,7 @@ def _spare_half(checkpoint: Checkpoint, root: Path) -> Checkpoint:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_linears_go_to_the_kernels(root: dict[str, Ran], family: str, quant: str) -> None:
     """All that `racdeploy families` says, of every kind of block, and nothing else."""
-    assert root[family].taken(quant) == set(ROWS[family]["kernels"])
+    assert root[family].taken(quant) == set(ROWS[family].kernels)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
