@@ -254,8 +254,7 @@ def _load_generator(spec: str, module: ModuleType, argument: str) -> Task:
 
     generator = module.open_generator(argument)
     task = Task(spec, generator, (), shares=GENERATOR_SHARES)
-    (example,) = task.draw_problems("evaluation", 0, 1)
-    scoring.check(example.scorer)
+    task.draw_problems("evaluation", 0, 1)  # refuses what cannot work, before any other work
     return task
 
 

@@ -23,14 +23,12 @@ _INSTRUCTION = "\n\nWrite the final answer alone between <answer> and </answer>.
 
 
 def open_generator(argument: str) -> Generator:
-    """Return the generator of a specification; one item is made, to refuse what cannot work.
+    """Return the generator of a specification; its first problem shows whether it can work.
 
     Raises:
-        MissingExtraError: reasoning-gym is not installed.
-        UsageError: see :func:`racdeploy.tasks.generators.make_item`.
+        UsageError: a parameter has no value.
     """
     spec = GeneratorSpec.parse(argument)
-    make_item(spec, _SPLIT_SEEDS["training"], 0)
 
     def draw(split: Split, seed: int) -> Iterator[Problem]:
         first = _SPLIT_SEEDS[split] + seed % _MAX_SEED
