@@ -27,6 +27,8 @@ from racdeploy.verification.measurements import (
 )
 from racdeploy.verification.subject import Subject
 
+_CONSTANT_TYPES = ("int32", "int64", "bool")
+
 
 @dataclass(frozen=True)
 class FileContent:
@@ -76,6 +78,8 @@ class ShippedArtifact:
         zeros = weights = 0.0
         for tensor in tensors:
             if tensor.zeros is None:
+                if self._is_constant(tensor):
+                    continue
                 raise _refuse_unreadable(path, tensor)
             rows.append(self._make_row(tensor, tensor.zeros))
             if tensor.name in prunable:
@@ -89,6 +93,10 @@ class ShippedArtifact:
     def measured(self) -> Subject:
         """Return the subject with the sparsity of its file."""
         return replace(self.subject, sparsity=self.content.sparsity)
+
+    def _is_constant(self, tensor: MeasuredTensor) -> bool:
+        """Return whether an exporter computed these integers: an axis or a shape, no weights."""
+        return tensor.type in _CONSTANT_TYPES and tensor.name not in self.exported
 
     def _make_row(self, tensor: MeasuredTensor, zeros: float) -> TensorRow:
         exported = self.exported.get(tensor.name)
