@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.off_levels import load, scale_channels
 from racdeploy import quant
 from racdeploy.processes.heap import keep_heap
 from racdeploy.quant import ggml
 from racdeploy.traces.trace import Trace, TraceSet
 
 CALIBRATION, HELD_OUT = 80, 24
-MAX_FACTOR = 0.35  # of the random scales, in nats
 _MIN_IMPORTANCE = 1e-4  # of the mean; ggml needs it above 0
 
 
@@ -78,52 +78,11 @@ def main() -> None:
             print(f"| {label} | {rounding} | {share} | {kl:.1e} |", flush=True)
 
 
-def load(folder: Path) -> Any:
-    """Return a model in float32."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def list_linears(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
     """Yield the linears of all blocks by name."""
     for name, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             yield name, module
-
-
-@torch.no_grad()
-def scale_channels(model: Any) -> None:
-    """Scale every hidden channel at random, and back: Llama-like blocks compute the same."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(channels: int) -> torch.Tensor:
-        return torch.exp((2 * torch.rand(channels, generator=generator) - 1) * MAX_FACTOR)
-
-    config = model.config
-    for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        inputs = (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        )
-        for norm, linears in inputs:
-            factor_D = draw(config.hidden_size)
-            norm.weight /= factor_D
-            for linear in linears:
-                linear.weight *= factor_D
-
-        factor_F = draw(config.intermediate_size)
-        mlp.up_proj.weight /= factor_F[:, None]
-        mlp.down_proj.weight *= factor_F
-
-        # Heads of queries share those of values.
-        values = len(attention.v_proj.weight)
-        factor_V = draw(values)
-        attention.v_proj.weight /= factor_V[:, None]
-        heads = factor_V.view(config.num_key_value_heads, 1, -1)
-        shared = config.num_attention_heads // config.num_key_value_heads
-        attention.o_proj.weight *= heads.expand(-1, shared, -1).reshape(-1)
 
 
 @torch.no_grad()

@@ -71,6 +71,12 @@ class VerifySettings(TypedDict, total=False):
     seed: int
 
 
+class LadderSettings(TypedDict, total=False):
+    """Settings of ``ladder``."""
+
+    no_worse_than: str | None
+
+
 class TuneSettings(TypedDict, total=False):
     """Settings of ``tune``."""
 
@@ -96,6 +102,7 @@ class RecipeSettings(TypedDict, total=False):
     model: str | None
     target: str | None
     rungs: Sequence[RungSettings]
+    ladder: LadderSettings
     also: Sequence[str] | None
     tasks: Sequence[str] | None
     calibration_tasks: Sequence[str] | None

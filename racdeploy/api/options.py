@@ -193,6 +193,15 @@ class BuildOptions(PruneOptions):
             "Share of hard strings that llama.cpp may tokenize differently; default: 0.",
         ),
     ] = None
+    no_worse_than: Annotated[
+        str | None,
+        OptionHelp(
+            FORMAT,
+            "Number format or preset of the download that a default build must not be worse than; "
+            "default: q4_k_m, or the target's.",
+            "QUANT",
+        ),
+    ] = None
     tier: Annotated[str, OptionHelp(VERIFICATION)] = ""
     prompts: EvaluationPrompts = None
     gate: Annotated[Gate | Path | None, OptionHelp(VERIFICATION)] = None
@@ -207,6 +216,7 @@ class BuildOptions(PruneOptions):
 
         return super().to_settings() | {
             "also": self.more_targets or None,
+            "ladder": {"no_worse_than": self.no_worse_than},
             "export": {
                 "quant": self.quant,
                 "packing": self.packing,

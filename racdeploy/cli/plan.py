@@ -33,7 +33,8 @@ def write_first_line(verb: str, recipe: Recipe) -> str:
 
     targets = " and ".join((recipe.target, *recipe.also))
     if recipe.rungs:
-        rungs = f"the narrowest of {len(recipe.rungs)} rungs that loses nothing measurable"
+        download = recipe.ladder.no_worse_than or "the file that people download"
+        rungs = f"the smallest of {len(recipe.rungs)} rungs no farther from dense than {download}"
         return f"build: {model} for {targets}, {rungs}"
     return f"build: {model} for {targets}, {done}, stored in {recipe.export.quant}"
 
@@ -105,7 +106,10 @@ def _describe_made(plan: Plan, out: str) -> list[str]:
     folder = out or f"{plan.artifact.artifact}/ (--out names another)"
     lines = [f"the bundle {folder}"]
     if plan.rungs:
-        lines.append(f"the narrowest that loses nothing measurable of {', '.join(plan.rungs)}")
+        lines.append(
+            f"the smallest of {', '.join(plan.rungs)} that is no farther from the dense model than "
+            f"its {plan.download}"
+        )
     size = format_bytes(plan.artifact.artifact_bytes)
     lines.append(f"with a file of about {size}")
     return lines

@@ -131,6 +131,10 @@ class Build:
             control=control,
         )
 
+    def export_pruned(self) -> ExportResult:
+        """Prune the model and export it; nothing is verified."""
+        return self._export_artifact(self.prune()).result
+
     def _export_artifact(self, model: PrunedModel) -> bundling.Artifact:
         """Export the pruned model, under a name that says what was done to it."""
         job = self.job

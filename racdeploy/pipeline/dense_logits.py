@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
-
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.models.renumbering import OldIds
 from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
-from racdeploy.verification.stats.distributions import Floats
 from racdeploy.verification.top_logits import (
     TopLogits,
+    average,
     compare_top_logits,
     record_top_logits,
     renumber_traces,
@@ -52,21 +50,17 @@ class DenseLogits:
         Returns:
             NaN if every trace is skipped.
         """
-        kl = self.list_kl(artifact, old_ids)
-        return float(np.concatenate(kl).mean()) if kl else math.nan
-
-    def list_kl(self, artifact: EngineFactory, old_ids: OldIds | None = None) -> list[Floats]:
-        """Return the KL of each trace that is not skipped, at each position of its completion."""
         dense = traces = self._traces
         key = b""
         if old_ids is not None:
             dense, traces = renumber_traces(self._traces, old_ids)
             key = old_ids.tobytes()
         if not traces:
-            return []
+            return math.nan
 
         if key not in self._recorded:
             with self._dense() as engine:
                 self._recorded[key] = record_top_logits(engine, dense, old_ids=old_ids)
         with artifact() as engine:
-            return [each.kl_T for each in compare_top_logits(engine, traces, self._recorded[key])]
+            compared = compare_top_logits(engine, traces, self._recorded[key])
+        return average(compared).kl

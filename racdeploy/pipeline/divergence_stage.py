@@ -1,86 +1,221 @@
-"""The divergence stage: how far a pruned model is from the dense one, measured once.
+"""The divergence stage: how far a file is from the dense model, measured once on its engine.
 
-The mean KL divergence is taken on held-out traces and on text of another kind, under torch: no
-export is needed.
+Known tokens are read, which is several times as fast as answering. They are the dense model's
+held-out traces, and texts of several kinds, each as the beginning of one. Those that choose a model
+are not those that report on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from racdeploy.engines.engine import Engine, Ids, Logits
+from racdeploy.exporting import ExportResult
 from racdeploy.pipeline.build import Build
-from racdeploy.pipeline.dense_logits import DenseLogits, make_opener
+from racdeploy.pipeline.dense_logits import make_opener
 from racdeploy.pipeline.workspace import identify_code
-from racdeploy.pruning import PrunedModel
 from racdeploy.traces.text import split_text
-from racdeploy.traces.trace import TraceSet
+from racdeploy.traces.trace import Trace, TraceSet
 from racdeploy.verification.answer_sampler import TraceIds
 from racdeploy.verification.stats.distributions import Floats
+from racdeploy.verification.top_logits import (
+    LogitDifferences,
+    TopLogits,
+    compare_top,
+    completion_logits,
+    take_top,
+)
 
+TextUse = Literal["choose", "report"]
 _MAX_TRACES = 32
-_MAX_TEXT_TOKENS = 1024
-_CHUNK_TOKENS = 256  # of the text, each read as the beginning of one
-_TEXT = files("racdeploy.pipeline") / "plain_text.txt"
+_MAX_TRACE_TOKENS = 512  # of each trace: its first ones, so that a long thought costs no hour
+_MAX_TEXT_TOKENS = 256  # of each text
+_TEXTS: Mapping[TextUse, str] = {
+    "choose": "text_to_choose.txt",
+    "report": "text_to_report.txt",
+}
+"""Texts of the same kinds, with an empty line between them."""
 
 
 @dataclass(frozen=True)
-class MeanDivergence:
-    """Mean KL divergence from the dense model in nats, on held-out traces and on plain text."""
+class Passages:
+    """Distances of a file from the dense model on texts of one kind, one for each text.
 
-    traces: float
-    text: float
+    Args:
+        tokens: tokens that were predicted.
+        kl_sums: KL(dense ‖ file) in nats, summed over the text.
+        same: tokens that both predict first.
+    """
 
+    tokens: tuple[int, ...]
+    kl_sums: tuple[float, ...]
+    same: tuple[int, ...]
 
-def measure_divergence(build: Build) -> MeanDivergence:
-    """Return the divergence of a build's pruned model, or the one measured earlier."""
-    model = build.prune()
-    trace_folder, _ = build.traces()
-    inputs = identify_code(__name__) | {
-        "dense": build.job.checkpoint.sha256,
-        "pruned": model.checkpoint.sha256,
-        "traces": TraceSet(trace_folder).sha256,
-    }
+    @property
+    def kl(self) -> float:
+        """Mean KL of a token in nats."""
+        return sum(self.kl_sums) / sum(self.tokens)
 
-    stage = build.workspace.open("divergence", inputs)
-    if not stage.is_finished:
-        stage.finish(asdict(_compare(build, model)))
-    return MeanDivergence(**stage.summary)
-
-
-def _compare(build: Build, model: PrunedModel) -> MeanDivergence:
-    trace_ids = _list_trace_ids(build)
-    text_ids = _list_text_ids(build)
-    ids = [*trace_ids, *text_ids]
-    context_tokens = 1 + max(len(prompt) + len(rest) for prompt, rest in ids)
-
-    dense = make_opener("transformers", build.job.checkpoint.folder, context_tokens, build.threads)
-    pruned = make_opener("transformers", model.folder, context_tokens, build.threads)
-
-    # Both kinds in one run: each model is loaded once.
-    kl = DenseLogits(dense, ids).list_kl(pruned)
-    count = len(trace_ids)
-    return MeanDivergence(traces=_mean(kl[:count]), text=_mean(kl[count:]))
+    @property
+    def same_share(self) -> float:
+        """Share of the tokens that both predict first."""
+        return sum(self.same) / sum(self.tokens)
 
 
-def _mean(kl: Sequence[Floats]) -> float:
-    """Return the mean over all positions of several traces."""
-    return float(np.concatenate(kl).mean())
+@dataclass(frozen=True)
+class FileDivergence:
+    """Distances of a file from the dense model.
+
+    Args:
+        answer_tokens: mean tokens of a whole answer of the dense model.
+        knows_text: the dense model predicts the texts better than by chance. If not, a distance
+            on them says nothing.
+    """
+
+    traces: Passages
+    text: Passages
+    answer_tokens: float
+    knows_text: bool = True
 
 
-def _list_trace_ids(build: Build) -> list[TraceIds]:
-    _, traces = build.traces()
-    held_out = build.prune_stage.choose_traces(traces).held_out
-    chosen = (held_out or traces)[:_MAX_TRACES]
-    return [(trace.prompt_ids, trace.completion_ids) for trace in chosen]
+@dataclass(frozen=True)
+class DivergenceMeter:
+    """Measures files against the dense model of a build, whose logits are computed once.
+
+    Args:
+        build: of the dense model; its traces and its tokenizer are used.
+        use: whether a model is chosen by the figures, or reported on.
+    """
+
+    build: Build
+    use: TextUse = "choose"
+
+    def measure(self, exported: ExportResult) -> FileDivergence:
+        """Return the divergence of a file with the dense model's tokens, measured or known."""
+        trace_folder, _ = self.build.traces()
+        inputs = identify_code(__name__) | {
+            "dense": self.build.job.checkpoint.sha256,
+            "files": dict(exported.files),
+            "traces": TraceSet(trace_folder).sha256 if self.use == "choose" else "",
+            "texts": self.use,
+        }
+
+        stage = self.build.workspace.open("divergence", inputs)
+        if not stage.is_finished:
+            stage.finish(asdict(self._compare(exported)))
+        return TypeAdapter(FileDivergence).validate_python(stage.summary)
+
+    @cached_property
+    def _traces(self) -> Sequence[Trace]:
+        """Held-out traces; the report is on other prompts, which the verification asks."""
+        if self.use == "report":
+            return []
+        _, traces = self.build.traces()
+        held_out = self.build.prune_stage.choose_traces(traces).held_out
+        return (held_out or traces)[:_MAX_TRACES]
+
+    @property
+    def _answer_tokens(self) -> float:
+        return fmean([len(trace.completion_ids) for trace in self._traces] or [0])
+
+    @property
+    def _trace_ids(self) -> list[TraceIds]:
+        return [(each.prompt_ids, each.completion_ids[:_MAX_TRACE_TOKENS]) for each in self._traces]
+
+    @cached_property
+    def _text_ids(self) -> list[TraceIds]:
+        job = self.build.job
+        leading_ids = job.encoder.leading_ids
+        positions = job.checkpoint.shape.max_positions
+        most = min(_MAX_TEXT_TOKENS, positions - len(leading_ids))
+
+        passages = []
+        for text in _read_texts(self.use):
+            ids = job.encoder.encode_text(text)
+            passages += split_text(ids[:most], most, leading_ids)
+        return passages
+
+    @cached_property
+    def _passages(self) -> list[TraceIds]:
+        return [*self._trace_ids, *self._text_ids]
+
+    @cached_property
+    def _dense(self) -> _DenseModel:
+        """What the dense model predicts, under torch."""
+        job = self.build.job
+        count = len(self._passages)
+        tops = []
+        nats = []
+        with self._open("transformers", job.checkpoint.folder) as engine:
+            for number, passage in enumerate(self._passages):
+                self.build.workspace.report("read dense", number, count)
+                logits_TV = completion_logits(engine, passage)
+                tops.append(take_top(logits_TV))
+                _, completion = passage
+                nats.append(_measure_nats(logits_TV, completion))
+
+        text_nats = np.concatenate(nats[len(self._trace_ids) :])
+        chance_nats = math.log(job.checkpoint.shape.vocab_size)
+        knows_text = bool(text_nats.mean() < chance_nats)
+        return _DenseModel(tops, knows_text)
+
+    def _compare(self, exported: ExportResult) -> FileDivergence:
+        dense = self._dense
+        compared = []
+        with self._open(self.build.job.backend, exported.path) as engine:
+            for number, (passage, top) in enumerate(zip(self._passages, dense.tops, strict=True)):
+                self.build.workspace.report("compare", number, len(self._passages))
+                compared.append(compare_top(top, completion_logits(engine, passage)))
+
+        count = len(self._trace_ids)
+        return FileDivergence(
+            traces=_sum_up(compared[:count]),
+            text=_sum_up(compared[count:]),
+            answer_tokens=self._answer_tokens,
+            knows_text=dense.knows_text,
+        )
+
+    def _open(self, backend: str, path: Path) -> AbstractContextManager[Engine]:
+        context_tokens = 1 + max(len(prompt) + len(rest) for prompt, rest in self._passages)
+        return make_opener(backend, path, context_tokens, self.build.threads)()
 
 
-def _list_text_ids(build: Build) -> list[TraceIds]:
-    encoder = build.job.encoder
-    ids = encoder.encode_text(_TEXT.read_text(encoding="utf-8"))
-    leading_ids = encoder.leading_ids
-    length = min(_CHUNK_TOKENS, build.job.checkpoint.shape.max_positions - len(leading_ids))
-    return split_text(ids, length, leading_ids)[: _MAX_TEXT_TOKENS // length or 1]
+@dataclass(frozen=True)
+class _DenseModel:
+    """The most likely tokens of the dense model in every passage."""
+
+    tops: list[TopLogits]
+    knows_text: bool
+
+
+def _sum_up(compared: Sequence[LogitDifferences]) -> Passages:
+    return Passages(
+        tokens=tuple(len(each.kl_T) for each in compared),
+        kl_sums=tuple(float(each.kl_T.sum()) for each in compared),
+        same=tuple(int(each.same_T.sum()) for each in compared),
+    )
+
+
+def _measure_nats(logits_TV: Logits, ids: Ids) -> Floats:
+    """Return the negative log-likelihood of each token."""
+    logits_TV = logits_TV - logits_TV.max(1, keepdims=True)
+    chosen_T = np.take_along_axis(logits_TV, np.array(ids)[:, None], 1)[:, 0]
+    total_T = np.log(np.exp(logits_TV).sum(1))
+    return np.asarray(total_T - chosen_T, dtype=np.float64)
+
+
+def _read_texts(use: TextUse) -> list[str]:
+    file = files("racdeploy.pipeline") / _TEXTS[use]
+    texts = file.read_text(encoding="utf-8").split("\n\n")
+    return [text.strip() for text in texts]

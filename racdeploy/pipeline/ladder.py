@@ -1,42 +1,67 @@
-"""The ladder: build the narrowest rung of a target that loses nothing measurable.
+"""The ladder: build the smallest rung that is no farther from dense than the file people download.
 
-Rungs are dense and cut models, the widest first. Which one is tried first is decided before export,
-by the KL divergence from the dense model on held-out traces and on text of another kind. Where the
-verification of a rung fails, the next wider one is built and verified on fresh prompts.
+Rungs are dense and cut models, the widest first. The narrowest is pruned and measured first. Where
+it is farther than the download, the next one is predicted, so that two prunings are enough as a
+rule. What is built is verified; where its answers show a loss, the next wider rung is built and
+verified on fresh prompts.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from racdeploy import exporting
+from racdeploy.engines.decoding_speed import compare_speed
 from racdeploy.errors import UsageError
-from racdeploy.pipeline.artifact_sizes import SizePredictor
+from racdeploy.exporting import ExportResult
+from racdeploy.pipeline.artifact_sizes import ArtifactSize, SizePredictor
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.bundling import BundleContents
-from racdeploy.pipeline.divergence_stage import MeanDivergence, measure_divergence
+from racdeploy.pipeline.divergence_stage import DivergenceMeter, FileDivergence
+from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.preflight import check_memory, plan_artifact
-from racdeploy.pipeline.rung_losses import find_losses
+from racdeploy.pipeline.rung_losses import divide, find_farther, find_losses, pair_kinds
 from racdeploy.recipe import LadderLimits
 from racdeploy.recipe_settings import RecipeSettings
-from racdeploy.results.plan import Plan
+from racdeploy.results.plan import Plan, TimePlan
 from racdeploy.results.report import Report
-from racdeploy.targets import Device, Rung, Target
+from racdeploy.targets import Rung, Target
 
 
 @dataclass(frozen=True)
-class _DecodingCost:
-    """Predicted size of an artifact, and its time per token on the target.
+class OpenRung:
+    """A rung of the ladder for the model at hand.
 
-    ``token_cost`` is in seconds; without figures of the device, in bytes that are read.
+    Args:
+        build: makes it.
+        size: predicted size of its artifact, and the bytes that a token reads.
     """
 
-    size_bytes: int
-    token_cost: float
+    build: Build
+    size: ArtifactSize
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The file of a rung, and its distance from the dense model.
+
+    Args:
+        farther: kinds of text on which it is too far, with the ratio of its KL to the download's.
+        is_slow: it decodes more slowly than the download.
+    """
+
+    name: str
+    divergence: FileDivergence
+    farther: Mapping[str, float]
+    is_slow: bool = False
+
+    @property
+    def is_near(self) -> bool:
+        return not self.farther and not self.is_slow
 
 
 @dataclass(frozen=True)
@@ -46,18 +71,19 @@ class Ladder:
     build: Build
 
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
-        """Build and verify from the first rung on, until one loses nothing; return its bundle.
+        """Choose a rung and build it, a wider one where its answers show a loss; return its bundle.
 
         The widest rung is shipped whatever its verification finds.
         """
         names = list(self.rungs)
-        self.rungs[names[-1]].check(out)
+        self.rungs[names[-1]].build.check(out)
         shorter = self.build.shorten()
         if shorter is not self.build:
             return replace(self, build=shorter).run(out)
 
-        first, notes = self._choose(names)
-        contents, stepped_back = self._make(names[: first + 1])
+        chosen, notes = self._choose()
+        contents, stepped_back = self._make(names[: names.index(chosen) + 1])
+        notes.append(self._report_on_text(contents))
 
         report = contents.report.model_copy(
             update={"stepped_back": stepped_back, "notes": (*notes, *contents.report.notes)}
@@ -67,41 +93,64 @@ class Ladder:
     def plan(self, out: Path | None = None) -> Plan:
         """Return the rungs and the plan of the narrowest, which is tried first."""
         names = list(self.rungs)
-        build = self.rungs[names[-1]]
-        return replace(build.plan(build.check(out)), rungs=tuple(names))
+        build = self.rungs[names[-1]].build
+        plan = build.plan(build.check(out))
+        return replace(plan, rungs=tuple(names), download=self.download, time=self._plan_time(plan))
 
     @cached_property
-    def rungs(self) -> dict[str, Build]:
-        """Build of each rung by name, the widest first, without those that bring nothing.
+    def rungs(self) -> dict[str, OpenRung]:
+        """Rungs by name, the widest first, without those that bring nothing.
 
         Raises:
             UsageError: no rung fits the model and the target's memory.
         """
-        builds = {}
-        errors = []
-        for rung in self.build.job.recipe.rungs:
-            try:
-                build = self._open(rung)
-                check_memory(build.job, plan_artifact(build.job))
-            except UsageError as error:
-                errors.append(error)
-                continue
-            # A cut that the model does not allow is none: it replaces that rung, with a note.
-            keep = build.job.recipe.structure.keep
-            builds[str(Rung(quant=rung.quant, keep=keep))] = build
+        with tempfile.TemporaryDirectory() as scratch:  # a plan leaves the work folder alone
+            sizes = SizePredictor(Path(scratch))
+            rungs = {}
+            errors = []
+            for rung in self.build.job.recipe.rungs:
+                try:
+                    build = self._open(rung)
+                    check_memory(build.job, plan_artifact(build.job))
+                except UsageError as error:
+                    errors.append(error)
+                    continue
+                # A cut that the model does not allow is none: it replaces that rung, with a note.
+                name = str(Rung(quant=rung.quant, keep=build.job.recipe.structure.keep))
+                rungs[name] = OpenRung(build, sizes.predict(build.job))
 
-        if not builds:
+        if not rungs:
             raise errors[-1]
-        return self._leave_out_slow(builds)
+        candidates = self._list_candidates(rungs)
+        return {
+            name: rung
+            for name, rung in rungs.items()
+            if name not in candidates or self._is_predicted_fast(rung)
+        }
+
+    @property
+    def download(self) -> str:
+        """Number format of the file that people download."""
+        named = self._limits.no_worse_than
+        return named or exporting.load(self.build.job.recipe.export.format).COMMON_QUANTS[1]
 
     @property
     def _limits(self) -> LadderLimits:
         return self.build.job.recipe.ladder
 
-    @property
-    def _common_quant(self) -> str:
-        """The narrow number format that people download."""
-        return exporting.load(self.build.job.recipe.export.format).COMMON_QUANTS[1]
+    @cached_property
+    def _download_size(self) -> ArtifactSize:
+        with tempfile.TemporaryDirectory() as scratch:
+            return SizePredictor(Path(scratch)).predict(self._open(Rung(quant=self.download)).job)
+
+    @cached_property
+    def _download_file(self) -> ExportResult:
+        """The dense model as the engine's own tool stores it: nearest codes, no importance."""
+        return self._export_nearest(self.download)
+
+    @cached_property
+    def _meter(self) -> DivergenceMeter:
+        return DivergenceMeter(self.build)
 
     def _open(self, rung: Rung) -> Build:
         job = self.build.job
@@ -110,48 +159,181 @@ class Ladder:
         settings: RecipeSettings = {
             "export": {"quant": rung.quant},
             "structure": {"keep": rung.keep, "optional": True},
-            "verify": {"controls": recipe.verify.controls or (self._common_quant,)},
+            "verify": {"controls": recipe.verify.controls or (self.download,)},
         }
         return replace(
             self.build, job=job.with_recipe(recipe.without_pruning().with_settings(settings))
         )
 
-    def _leave_out_slow(self, builds: Mapping[str, Build]) -> dict[str, Build]:
-        """Leave out rungs that are narrower than a common narrow format, and slower to decode."""
-        device = Target.read(self.build.job.recipe.target).device
+    def _export_nearest(self, quant: str) -> ExportResult:
+        """Export the dense model with the nearest codes of a number format."""
+        build = self._open(Rung(quant=quant))
+        settings = build.job.recipe.export.model_copy(update={"packing": "plain"})
+        if "importance" in exporting.load(settings.format).OPTIONS:
+            settings = settings.model_copy(update={"importance": "none"})
+        return export_model(
+            build.workspace,
+            build.job.checkpoint.folder,
+            f"{build.job.model.name}-{quant}",
+            settings,
+            metadata={},
+            importance=None,
+            label="export dense",
+        )
 
-        with tempfile.TemporaryDirectory() as scratch:  # a plan leaves the work folder alone
-            sizes = SizePredictor(Path(scratch))
-            common = _predict_cost(self._open(Rung(quant=self._common_quant)), sizes, device)
-            fast = {}
-            for name, build in builds.items():
-                cost = _predict_cost(build, sizes, device)
-                is_wide = cost.size_bytes >= common.size_bytes
-                if is_wide or cost.token_cost <= common.token_cost:
-                    fast[name] = build
-        return fast
+    def _list_candidates(self, rungs: Mapping[str, OpenRung]) -> list[str]:
+        """Return the rungs that are at most as large as the download, or else the narrowest."""
+        largest = self._download_size.size_bytes
+        small = [name for name, rung in rungs.items() if rung.size.size_bytes <= largest]
+        return small or list(rungs)[-1:]
 
-    def _choose(self, names: list[str]) -> tuple[int, list[str]]:
-        """Return the index of the rung to try first, and notes on the divergences measured.
+    def _is_predicted_fast(self, rung: OpenRung) -> bool:
+        """Return whether the target decodes it about as fast as the download.
 
-        They are measured from the narrowest on; the widest needs no measurement.
+        True if the target has no figures of its device: files are measured then, when there are
+        any.
         """
-        notes = []
-        index = len(names) - 1
-        while index > 0:
-            divergence = measure_divergence(self.rungs[names[index]])
-            notes.append(f"{names[index]}: {self._describe(divergence)}")
-            if not find_losses(self._limits, divergence):
-                break
-            index -= 1
-        return index, notes
+        device = Target.read(self.build.job.recipe.target).device
+        if device is None:
+            return True
+        own_s, download_s = (
+            device.predict_token_s(size.read_bytes) for size in (rung.size, self._download_size)
+        )
+        return own_s <= download_s / self._limits.min_speed
 
-    def _describe(self, divergence: MeanDivergence) -> str:
-        limits = self._limits
+    def _choose(self) -> tuple[str, list[str]]:
+        """Return the rung to build, and notes on what was measured.
+
+        Of those that were measured, the smallest that is near enough; if none is, the nearest.
+
+        Returns:
+            The name of the rung, and a note on each file: what it is, its distance from the dense
+            model, and whether it is farther than the download.
+        """
+        candidates = self._list_candidates(self.rungs)
+        download = self._meter.measure(self._download_file)
+        notes = [f"{self.download} as a download: {_describe(download)}"]
+
+        measured: list[_Measured] = []
+        while True:
+            name = self._find_next(candidates, measured, download)
+            if name is None:
+                break
+            measured.append(self._measure(name, download))
+            notes.append(self._describe_rung(measured[-1], download))
+
+        near = [each for each in measured if each.is_near]
+        if near:
+            return near[-1].name, notes
+        nearest = min(measured, key=lambda each: max(_list_ratios(each.divergence, download)))
+        notes.append(f"no rung is as near as {self.download}: {nearest.name} is the nearest")
+        return nearest.name, notes
+
+    def _find_next(
+        self, candidates: Sequence[str], measured: Sequence[_Measured], download: FileDivergence
+    ) -> str | None:
+        """Return the candidate to prune and measure next; None if that is enough.
+
+        The narrowest comes first. The second is predicted; where the prediction was wrong, the
+        widest is the last.
+
+        Args:
+            candidates: names, the widest first.
+            measured: what was pruned and measured, in that order.
+            download: of the file that people download.
+        """
+        if not measured:
+            return candidates[-1]
+        done = [each.name for each in measured]
+        if measured[-1].is_near or candidates[0] in done:
+            return None
+        if len(measured) == 1:
+            return self._predict_near(candidates, measured[0], download)
+        return candidates[0]
+
+    def _predict_near(
+        self, candidates: Sequence[str], narrowest: _Measured, download: FileDivergence
+    ) -> str:
+        """Return the narrowest other candidate that is likely to be near enough.
+
+        Logarithms of KL are interpolated over the size, between the narrowest rung, which was
+        measured, and the widest with nearest codes, which chosen codes only improve.
+
+        Args:
+            candidates: names, the widest first.
+            narrowest: the rung that was measured, and is too far.
+            download: of the file that people download.
+        """
+        widest = self.rungs[candidates[0]]
+        if widest.build.job.recipe.structure.keep:
+            return candidates[0]
+        nearest = self._meter.measure(self._export_nearest(widest.build.job.recipe.export.quant))
+        narrow_ratios = _list_ratios(narrowest.divergence, download)
+        wide_ratios = _list_ratios(nearest, download)
+        narrow_bytes = self.rungs[narrowest.name].size.size_bytes
+        wide_bytes = widest.size.size_bytes
+        between = candidates[1:-1]
+
+        for name in reversed(between):
+            own_bytes = self.rungs[name].size.size_bytes
+            step = (own_bytes - narrow_bytes) / (wide_bytes - narrow_bytes)
+            ratios = []
+            for narrow, wide in zip(narrow_ratios, wide_ratios, strict=True):
+                ratios.append(narrow ** (1 - step) * wide**step)
+            if max(ratios) <= 1 + self._limits.max_excess:
+                return name
+        return candidates[0]
+
+    def _measure(self, name: str, download: FileDivergence) -> _Measured:
+        """Prune, export and measure a rung."""
+        build = self.rungs[name].build
+        exported = build.export_pruned()
+        divergence = self._meter.measure(exported)
+        farther = find_farther(self._limits, divergence, download)
+        is_slow = not farther and not self._is_fast(name, exported)
+        return _Measured(name, divergence, farther, is_slow)
+
+    def _is_fast(self, name: str, exported: ExportResult) -> bool:
+        """Return whether a file decodes about as fast as the download on this machine.
+
+        It is measured where no figures of the target's device are known, and where the file reads
+        more than the download, or number formats that the download does not have.
+        """
+        if Target.read(self.build.job.recipe.target).device:
+            return True
+        own = self.rungs[name].size.read_bytes
+        download = self._download_size.read_bytes
+        has_known_formats = set(own) <= set(download)
+        reads_less = sum(own.values()) <= sum(download.values())
+        if has_known_formats and reads_less:
+            return True
+
+        speed = compare_speed(
+            exported.path,
+            self._download_file.path,
+            self.build.job.backend,
+            self.build.threads,
+        )
+        return speed >= self._limits.min_speed
+
+    def _describe_rung(self, rung: _Measured, download: FileDivergence) -> str:
+        words = f"{rung.name}: {_describe(rung.divergence)}"
+        if rung.is_slow:
+            return f"{words}; it decodes more slowly than {self.download}"
+        if rung.farther:
+            kinds = [f"{ratio:.2g} times on {kind}" for kind, ratio in rung.farther.items()]
+            return f"{words}; farther than {self.download}, {' and '.join(kinds)}"
+        return f"{words}; no farther than {self.download}"
+
+    def _report_on_text(self, contents: BundleContents) -> str:
+        """Return a note on texts by which nothing was chosen."""
+        meter = replace(self._meter, use="report")
+        own = meter.measure(contents.artifacts[0].result)
+        download = meter.measure(self._download_file)
         return (
-            "KL from the dense model "
-            f"{divergence.traces:.2g} on traces (limit {limits.max_kl_traces:g}), "
-            f"{divergence.text:.2g} on text (limit {limits.max_kl_text:g})"
+            f"on text by which nothing was chosen: KL {own.text.kl:.2g}, "
+            f"{own.text.same_share:.1%} equal first tokens; {self.download} as a download "
+            f"{download.text.kl:.2g}, {download.text.same_share:.1%}"
         )
 
     def _make(self, names: list[str]) -> tuple[BundleContents, tuple[str, ...]]:
@@ -161,13 +343,17 @@ class Ladder:
             What to ship, and the rungs that were stepped back from, with their losses.
         """
         stepped_back: list[str] = []
-        while True:
-            name = names[-1 - len(stepped_back)]
-            contents = self._with_fresh_prompts(self.rungs[name], len(stepped_back)).make()
-            losses = find_losses(self._limits, report=contents.report)
-            if not losses or name == names[0]:
-                return contents, tuple(stepped_back)
-            stepped_back.append(f"{name} ({', '.join(losses)})")
+        for failures, name in enumerate(reversed(names)):
+            build = self._with_fresh_prompts(self.rungs[name].build, failures)
+            contents = build.make()
+            losses = find_losses(contents.report, self.download)
+            if not losses:
+                break
+            if name != names[0]:
+                causes = ", ".join(losses)
+                stepped_back.append(f"{name} ({causes})")
+
+        return contents, tuple(stepped_back)
 
     def _with_fresh_prompts(self, build: Build, failures: int) -> Build:
         """Return a build whose verification asks other prompts than those before it."""
@@ -177,9 +363,24 @@ class Ladder:
             build, job=build.job.with_recipe(recipe.with_settings({"verify": {"seed": seed}}))
         )
 
+    def _plan_time(self, plan: Plan) -> TimePlan | None:
+        """Return the time of a plan, with a second pruning where the first may be too far."""
+        if plan.time is None or len(self._list_candidates(self.rungs)) == 1:
+            return plan.time
+        seconds = dict(plan.time.stage_seconds)
+        if "prune" in seconds:
+            seconds["prune"] *= 2
+        return TimePlan(stage_seconds=seconds)
 
-def _predict_cost(build: Build, sizes: SizePredictor, device: Device | None) -> _DecodingCost:
-    size = sizes.predict(build.job)
-    if device is None:
-        return _DecodingCost(size.size_bytes, sum(size.read_bytes.values()))
-    return _DecodingCost(size.size_bytes, device.predict_token_s(size.read_bytes))
+
+def _list_ratios(own: FileDivergence, download: FileDivergence) -> list[float]:
+    """Return the ratio of both KLs on each kind of text that counts."""
+    return [divide(ours.kl, theirs.kl) for _, ours, theirs in pair_kinds(own, download)]
+
+
+def _describe(divergence: FileDivergence) -> str:
+    words = []
+    for kind, passages in (("traces", divergence.traces), ("text", divergence.text)):
+        words.append(f"{passages.kl:.2g} on {kind} ({passages.same_share:.1%} equal first tokens)")
+    known = "" if divergence.knows_text else ", which the dense model does not know"
+    return f"KL from the dense model {', '.join(words)}{known}"

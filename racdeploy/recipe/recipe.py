@@ -10,6 +10,7 @@ from typing import Literal, Self, cast
 from pydantic import Field, model_validator
 
 from racdeploy import plugins
+from racdeploy.errors import UsageError
 from racdeploy.files.reading import check_version
 from racdeploy.files.toml import Settings, TomlTable, merge, nest, read_toml, validate
 from racdeploy.plugins import Names
@@ -32,8 +33,8 @@ _INIT_COMMAND = "racdeploy init"
 class Recipe(Section):
     """Complete settings of one build; :mod:`racdeploy.verification.gate` reads ``gate``.
 
-    With ``rungs`` the build makes the narrowest of them that loses nothing measurable by the limits
-    of ``ladder``.
+    With ``rungs`` the build makes the smallest of them that is no farther from the dense model than
+    the file of ``ladder``.
     """
 
     schema_version: Literal[1] = 1
@@ -60,6 +61,15 @@ class Recipe(Section):
         if self.recover.shorten and self.traces.count < 2:
             raise ValueError(
                 "recover.shorten learns from one prompt and judges by another: raise traces.count"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rungs(self) -> Self:
+        if any("vocabulary" in rung.keep for rung in self.rungs):
+            raise ValueError(
+                "a rung keeps the vocabulary: rungs are compared token by token; "
+                "cut it with structure.keep, which builds one model"
             )
         return self
 
@@ -108,6 +118,12 @@ class Recipe(Section):
             export, context_tokens = each.export, each.verify.context_tokens
             Target.read(each.target).check(export.format, export.quant, context_tokens)
 
+        if options.get("ladder", {}).get("no_worse_than") and not recipe.rungs:
+            raise UsageError(
+                "unused-setting",
+                "--no-worse-than chooses among a target's rungs, and this build makes one model",
+                remedy="leave it out, or leave number format, cut and zeros to the target",
+            )
         return recipe
 
     def for_target(self, target: str) -> Self:
@@ -158,8 +174,14 @@ class Recipe(Section):
         }
 
         for kind, name in chosen.items():
-            known = plugins.list_names(kind)
-            if kind == "quant":
-                known += plugins.list_names("presets")
-            if name not in known:
-                raise plugins.unknown_plugin(kind, name, known)
+            _check_plugin(kind, name)
+        if self.ladder.no_worse_than:
+            _check_plugin("quant", self.ladder.no_worse_than)
+
+
+def _check_plugin(kind: str, name: str) -> None:
+    known = plugins.list_names(kind)
+    if kind == "quant":
+        known += plugins.list_names("presets")
+    if name not in known:
+        raise plugins.unknown_plugin(kind, name, known)

@@ -1,4 +1,4 @@
-"""Search for the best model, and the limits of a ladder of models."""
+"""Search for the best model, and what the models of a ladder are measured by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 from racdeploy.plugins import Names
 from racdeploy.recipe.pruning import SparsityOrPattern, parse_pattern, sparsity_of
 from racdeploy.recipe.section import MAX_PROMPTS, MAX_SECONDS, Section
-from racdeploy.results.schema import FiniteNonNegative, PositiveCount, Share
+from racdeploy.results.schema import FiniteNonNegative, Share
 
 
 class Tune(Section):
@@ -61,17 +61,16 @@ class Tune(Section):
 
 
 class LadderLimits(Section):
-    """Limits within which a rung loses nothing measurable beside the dense model.
+    """What a rung is measured by: the file that people download.
 
-    Mean KL divergences, in nats, choose the rung that is made first; upper bounds of its
-    verification judge it, from ``min_prompts`` prompts on: fewer would say little.
+    Args:
+        no_worse_than: number format or preset in which the engine's own tool stores the dense
+            model; empty is the narrow one that people download.
+        max_excess: a rung may be farther from the dense model by this share of the download's KL,
+            on held-out traces and on text.
+        min_speed: decoding speed, to the download's.
     """
 
-    # On two reasoners, files up to 7.2e-4 on traces lost at most 0.1 points of 1,000 prompts, those
-    # from 9.2e-4 on lost 1.6 to 17 (benchmarks/RESULTS.md, "Optimized rounding"). Q3_K rounded to
-    # nearest has 0.23 on text.
-    max_kl_traces: FiniteNonNegative = 8e-4
-    max_kl_text: FiniteNonNegative = 0.1
-    max_accuracy_drop: Share = 0.015
-    max_length_ratio: FiniteNonNegative = 1.03
-    min_prompts: PositiveCount = 1000
+    no_worse_than: str = ""
+    max_excess: FiniteNonNegative = 0.1
+    min_speed: FiniteNonNegative = 0.97

@@ -154,11 +154,13 @@ class Plan:
 
     Args:
         rungs: models of a ladder, the widest first; empty for a build of one model.
+        download: number format of the file that a rung is compared with.
         trace_server_model: name of the model that a trace server answers with.
         tokens_at_most: tokens of all answers of a verification or comparison.
     """
 
     rungs: Names = ()
+    download: str = ""
     artifact: ArtifactPlan | None = None
     trace_server_model: str = ""
     structure: StructurePlan | None = None
@@ -188,7 +190,7 @@ class Plan:
         """Return all values in one object; optional ones are left out where they say nothing."""
         values: dict[str, object] = {}
         if self.rungs:
-            values["rungs"] = self.rungs
+            values |= {"rungs": self.rungs, "no_worse_than": self.download}
         parts = (
             self.artifact, self.structure, self.pruning, self.recovery, self.bundle,
             self.comparison, self.power,

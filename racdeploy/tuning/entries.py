@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
 
+from racdeploy.engines.decoding_speed import DecodeSample
 from racdeploy.exporting import ExportResult
 from racdeploy.files.toml import merge
 from racdeploy.pipeline.artifact_sizes import ArtifactSize
@@ -25,7 +26,7 @@ from racdeploy.results.tuning import (
 from racdeploy.targets import Device
 from racdeploy.tuning.candidates import BASE_SETTINGS, CandidateSpec
 from racdeploy.tuning.race import Contestant, Scores
-from racdeploy.tuning.speed import DecodeSample, predict_memory
+from racdeploy.tuning.speed import predict_memory
 from racdeploy.verification.stats.costs import cost_per_success
 from racdeploy.verification.stats.paired import wilson_interval
 

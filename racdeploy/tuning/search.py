@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from racdeploy import quant
+from racdeploy.engines.decoding_speed import ENGINE
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.packing import list_supported
@@ -35,7 +36,6 @@ from racdeploy.tuning.entries import Entry, find_nearest, find_pareto_front, ord
 from racdeploy.tuning.mixed_quants import propose_mixed_quant
 from racdeploy.tuning.race import Race, Scores
 from racdeploy.tuning.speed import (
-    ENGINE,
     Workload,
     load_or_estimate_device,
     load_or_measure_device,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.engines import open_engine
-from racdeploy.engines.engine import EngineSettings, Progress, Sampling
+from racdeploy.engines.decoding_speed import ENGINE, measure_file
+from racdeploy.engines.engine import EngineSettings, Progress
 from racdeploy.files.stages import Stage
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.workspace import Workspace, identify_code
@@ -24,8 +24,6 @@ from racdeploy.targets import Device
 from racdeploy.tuning.synthetic import Dimensions, write_model
 from racdeploy.verification.measurements import fingerprint
 
-ENGINE = "llamacpp"
-"""The engine that is measured; others get a rough estimate."""
 MAX_SECONDS = 60.0
 _MAX_BYTES = 128_000_000  # of a synthetic model: larger than most caches
 _BASE_BYTES = 80_000_000  # of a process with a tiny model
@@ -33,44 +31,7 @@ _CACHE_BYTES = {ENGINE: 2}  # per number of the key-value cache; other engines u
 _COPY_RATIO = 1.5  # memory over file size: above it, the engine repacked a copy
 # Bandwidth per core and in all, overhead per block, where nothing was measured.
 _ROUGH_GB_PER_S, _ROUGH_MAX_GB_PER_S, _ROUGH_BLOCK_US = 3.0, 12.0, 30.0
-_PROMPT_TOKENS, _NEW_TOKENS, _REPEATS = 8, 16, 3
 _NARROW = 64  # width of a model whose weights take almost no time
-
-
-@dataclass(frozen=True)
-class DecodeSample:
-    """Measured decoding of one file."""
-
-    token_s: float
-    peak_rss_bytes: int
-
-
-def measure_file(
-    file: Path, threads: int, engine: str = ENGINE, prompt_tokens: int = _PROMPT_TOKENS
-) -> DecodeSample:
-    """Decode a few short answers in a child process, and return the fastest.
-
-    A single thread is timed in CPU time, so that other processes do not matter.
-    """
-    spent = "decode_cpu_s" if threads == 1 else "decode_s"
-    prompt = [number % 251 for number in range(prompt_tokens)]
-    sampling = Sampling(max_new_tokens=_NEW_TOKENS, stop_ids=())
-    settings = EngineSettings(prompt_tokens + 2 * _NEW_TOKENS, 1, threads)
-    times = []
-
-    with open_engine(engine, file, settings) as opened:
-        opened.generate([prompt[:4]], Sampling(max_new_tokens=2, stop_ids=()))
-
-        for turn in range(_REPEATS):
-            # Another prompt each time, so that no engine has it in its prompt cache.
-            before = opened.stats[spent]
-            opened.generate([[*prompt[turn:], *prompt[:turn]]], sampling)
-            times.append(opened.stats[spent] - before)
-
-        peak = int(opened.stats["peak_rss_bytes"])
-
-    # The first new token belongs to the prompt's batch.
-    return DecodeSample(min(times) / (_NEW_TOKENS - 1), peak)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from racdeploy import __version__
+from racdeploy.engines.decoding_speed import measure_file
 from racdeploy.errors import UsageError
 from racdeploy.pipeline.bundling import check_replaceable
 from racdeploy.pipeline.evaluation import ExportedArm
@@ -22,7 +23,6 @@ from racdeploy.results.units import format_points
 from racdeploy.tuning.entries import Entry
 from racdeploy.tuning.race import Scores
 from racdeploy.tuning.search import Search
-from racdeploy.tuning.speed import measure_file
 
 _FIGURES = (
     "{0.accuracy.value:.1%} of {0.prompts} prompts correct, {0.size_bytes:bytes}, "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from racdeploy.engines.decoding_speed import DecodeSample, measure_file
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.recipe import Recipe
@@ -13,12 +14,10 @@ from racdeploy.targets import Device, Target
 from racdeploy.tuning import speed
 from racdeploy.tuning.speed import (
     MAX_SECONDS,
-    DecodeSample,
     Workload,
     load_or_estimate_device,
     make_profile_workload,
     measure_device,
-    measure_file,
     predict_memory,
 )
 from racdeploy.tuning.synthetic import Dimensions, write_model

@@ -1,0 +1,61 @@
+"""Speed of decoding with a file: a few short answers in a child process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings, Sampling
+
+ENGINE = "llamacpp"
+"""The engine whose speed on a device is known; others get a rough estimate."""
+_PROMPT_TOKENS, _NEW_TOKENS, _REPEATS = 8, 16, 3
+_ROUNDS = 3  # of alternating runs
+
+
+@dataclass(frozen=True)
+class DecodeSample:
+    """Measured decoding of one file."""
+
+    token_s: float
+    peak_rss_bytes: int
+
+
+def measure_file(
+    file: Path, threads: int, engine: str = ENGINE, prompt_tokens: int = _PROMPT_TOKENS
+) -> DecodeSample:
+    """Decode a few short answers in a child process, and return the fastest.
+
+    A single thread is timed in CPU time, so that other processes do not matter.
+    """
+    spent = "decode_cpu_s" if threads == 1 else "decode_s"
+    prompt = [number % 251 for number in range(prompt_tokens)]
+    sampling = Sampling(max_new_tokens=_NEW_TOKENS, stop_ids=())
+    settings = EngineSettings(prompt_tokens + 2 * _NEW_TOKENS, 1, threads)
+    times = []
+
+    with open_engine(engine, file, settings) as opened:
+        opened.generate([prompt[:4]], Sampling(max_new_tokens=2, stop_ids=()))
+
+        for turn in range(_REPEATS):
+            # Another prompt each time, so that no engine has it in its prompt cache.
+            before = opened.stats[spent]
+            opened.generate([[*prompt[turn:], *prompt[:turn]]], sampling)
+            times.append(opened.stats[spent] - before)
+
+        peak = int(opened.stats["peak_rss_bytes"])
+
+    # The first new token belongs to the prompt's batch.
+    return DecodeSample(min(times) / (_NEW_TOKENS - 1), peak)
+
+
+def compare_speed(file: Path, other: Path, engine: str, threads: int) -> float:
+    """Return how fast the first of two files decodes, to the other: the median of rounds."""
+    ratios = []
+    for _ in range(_ROUNDS):
+        # In turn, so that a busy minute slows both.
+        own = measure_file(file, threads, engine)
+        ratios.append(measure_file(other, threads, engine).token_s / own.token_s)
+    return median(ratios)
