@@ -102,8 +102,10 @@ class Ladder:
         """Rungs by name, the widest first, without those that bring nothing.
 
         Raises:
-            UsageError: no rung fits the model and the target's memory.
+            UsageError: no rung fits the model and the target's memory, or the target cannot store
+                the download.
         """
+        exporting.check(self._open(Rung(quant=self.download)).job.recipe.export)
         with tempfile.TemporaryDirectory() as scratch:  # a plan leaves the work folder alone
             sizes = SizePredictor(Path(scratch))
             rungs = {}

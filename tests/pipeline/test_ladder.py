@@ -395,6 +395,12 @@ def test_no_worse_than_needs_rungs_and_a_known_format() -> None:
     assert Recipe.combine(None, {"ladder": {"no_worse_than": "q6_k"}}).rungs
 
 
+def test_a_download_of_another_engine_is_refused(model: Path, tmp_path: Path) -> None:
+    found = open_ladder(model, tmp_path, ladder={"no_worse_than": "matmulnbits_4"})
+    with raises("not-stored-by-format"):
+        found.plan()
+
+
 def lose(drop_lower: float, length_lower: float, gain_lower: float, length_upper: float) -> Report:
     """Return a report in which dense, and the download, are better by these bounds."""
     compared = build_report().comparison
