@@ -23,7 +23,8 @@ TESTS_OPTIMUM ?= $(addprefix tests/,contracts engines end_to_end exporting pruni
 
 TESTS_DOCS := documents examples packaging
 KERNELS ?= slow or not slow
-# Tests write no bytecode (tests/conftest.py), so that it is written before the thousands of processes that they start.
+# Once collected, tests write no bytecode (tests/conftest.py): it is there before the thousands of processes that they
+# start.
 COMPILE = $(BIN)/python -m compileall -q -f racdeploy tests benchmarks
 PYTEST = $(COMPILE) && $(BIN)/python -m pytest -n logical --dist worksteal --durations 20 --junitxml build/junit-$@.xml
 

@@ -25,11 +25,6 @@ settings.load_profile("repeatable")
 let_children_take_signals()
 prefork.install()
 
-# A child whose files are limited in size would leave half of a module's bytecode, without an error
-# of Python's, for all that come after it.
-sys.dont_write_bytecode = True
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-
 
 def _take_own_core() -> None:
     """Give each of pytest-xdist's workers a core of its own, where there are enough.
@@ -53,10 +48,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 
-def pytest_collection_finish() -> None:
-    """Spare each collection of garbage the thousands of tests and their modules, which stay."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spare each collection of garbage the thousands of tests and their modules, which stay.
+
+    Bytecode is written until then. A child whose files are limited in size would leave half of a
+    module's, without an error of Python's, for all that come after it.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
