@@ -60,7 +60,7 @@ def build(
         recipe: All other settings: a recipe, or its TOML file. The keywords override it.
         target: Where it will run; default: gguf. List: racdeploy targets.
         more_targets: More targets, for other engines.
-        tasks: Tasks to verify on: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
+        tasks: Tasks to verify on: a name, gym:NAME, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
         gate: TOML file with limits; see docs/ci.md.
         tier: Extent of the verification: smoke, standard or release.
         tokenizer: Tokenizer of a model in memory.
@@ -343,7 +343,7 @@ def compare(
         candidates: GGUF files, ONNX files or folders, bundles, model folders of transformers, or
             servers as http://HOST:PORT/v1#MODEL.
         against: Model to compare with, or the folder of a recorded one.
-        tasks: Tasks to ask: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
+        tasks: Tasks to ask: a name, gym:NAME, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
         prompts: Number of questions; default: 200, or the tier's.
         samples: Answers to each question; more than one needs a temperature.
         temperature: 0 is greedy, the default; for several samples the reference's own.
