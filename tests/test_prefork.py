@@ -34,10 +34,13 @@ def find_parent(process: subprocess.Popen[bytes]) -> int:
     return int(stat.rpartition(")")[2].split()[1])
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
+def run(*arguments: str, **variables: str) -> tuple[int, str, str]:
     """Run racdeploy where torch is imported; return its exit code and both streams."""
     done = subprocess.run(
-        command_with_torch(*arguments), env=environment(), capture_output=True, text=True
+        command_with_torch(*arguments),
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -103,6 +106,19 @@ def test_variables_are_those_that_it_is_given() -> None:
         assert b"OMP_NUM_THREADS=3" in variables
         assert find_parent(other) != find_parent(usual)
         for process in (other, usual):
+            process.kill()
+
+    # No module reads this one when it is imported: the child finds it.
+    narrow = run("build", "--help", COLUMNS="60")[1].splitlines()
+    wide = run("build", "--help", COLUMNS="90")[1].splitlines()
+    assert max(map(len, narrow)) <= 60 < max(map(len, wide))
+
+
+def test_it_has_a_session_of_its_own_on_request() -> None:
+    with start(start_new_session=True) as own, start() as shared:
+        assert os.getsid(own.pid) == own.pid
+        assert os.getsid(shared.pid) != shared.pid
+        for process in (own, shared):
             process.kill()
 
 
