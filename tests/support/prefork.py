@@ -1,10 +1,10 @@
 """Children of racdeploy that are forked where their module is imported already.
 
 Starting Python and importing torch, onnxruntime or llama.cpp is most of what a child of a small
-test takes. ``install`` makes ``subprocess.Popen`` ask a server, one for each module, to fork the
-children that :mod:`racdeploy.processes.child_process` starts. They run the same code with the same
-arguments, pipes and limits. All other commands are started as ever, and all children within
-``exec_children``.
+test takes. ``install`` makes ``subprocess.Popen`` ask a server to fork the children that
+:mod:`racdeploy.processes.child_process` starts. Each module has a server, and one serves all that
+need torch. The children run the same code with the same arguments, pipes and limits. All other
+commands are started as ever, and all children within ``exec_children``.
 
 ``python -P -m tests.support.prefork SOCKET MODULE …`` is the server. It answers one request at a
 time: to fork, or to tell whether a child has ended.
@@ -37,6 +37,8 @@ _PRELOADED = {
     "racdeploy.exporting.onnx.parity": ("transformers.models.qwen3.modeling_qwen3",),
 }
 """What these modules import late."""
+_TOGETHER = tuple(_PRELOADED)
+"""Modules that one server imports: most of what each takes is torch and transformers."""
 _READ = ("GGML_", "HF_", "LLAMA_", "OMP_", "RACDEPLOY_")
 """First letters of variables that modules read when they are imported."""
 _MAX_BYTES = 1 << 20
@@ -159,13 +161,15 @@ class _ForkedPopen(_Popen):  # type: ignore[type-arg, misc]
 
 
 def _list_modules(args: Any) -> tuple[str, ...]:
-    """Return the modules that a child imports, or nothing if it is none of racdeploy's."""
+    """Return the modules of a child's server, or nothing if it is no child of racdeploy."""
     if not isinstance(args, list) or args[:4] != _RUNNER:
         return ()
 
     module = args[7]
     if not module.startswith(("racdeploy.", "onnxruntime_genai.")):
         return ()
+    if module in _TOGETHER:
+        return _TOGETHER
     return (module, *args[8 : 8 + _WITH_ARGUMENT.get(module, 0)])
 
 
@@ -191,15 +195,17 @@ atexit.register(_close_servers)
 def main() -> None:
     """Import the modules, then fork until the socket is closed; a child runs its command."""
     descriptor, *modules = sys.argv[1:]
+    gc.disable()  # what is imported stays
     for module in modules:
         for name in (module, *_PRELOADED.get(module, ())):
             importlib.import_module(name)
-    del sys.modules[modules[0]]  # its code is run once more, as the main module
+    gc.enable()
     gc.freeze()
 
     with socket.socket(fileno=int(descriptor)) as connection:
         arguments = _serve(connection)
     if arguments is not None:
+        del sys.modules[arguments[2]]  # its code is run once more, as the main module
         # Not by sys.exit: onnxruntime would wait for a thread that its import has started, and
         # that no fork has.
         os._exit(_run([str(os.getppid()), *arguments]))
