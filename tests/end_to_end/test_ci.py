@@ -38,6 +38,8 @@ def reports(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--reports",
             folder / "reports",
             "--exit-zero",
+            "--tier",
+            "smoke",
             "--threads",
             1,
         )
@@ -104,6 +106,8 @@ def test_pytest_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
         built,
         "--racdeploy-gate",
         "gate.toml",
+        "--racdeploy-tier",
+        "smoke",
         "--racdeploy-threads",
         1,
     ]
