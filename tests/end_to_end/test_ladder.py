@@ -38,7 +38,8 @@ def test_a_default_build_ships_a_rung(tmp_path: Path) -> None:
     assert planned.code == 0, planned.err
     names = json.loads(planned.out)["rungs"]
     assert names[0] == "q8_0"
-    assert len(names) == 3  # feed-forward rows of 256 weights are one block of a K-quant
+    assert len(names) == 4  # feed-forward rows of 256 weights are one block of a K-quant
+    assert "q4_k_m" in names  # the download's format, with chosen codes
 
     built = racdeploy(*options, "--json")
     assert built.code in (1, 3), built.err  # a random model answers nothing
@@ -50,5 +51,5 @@ def test_a_default_build_ships_a_rung(tmp_path: Path) -> None:
     quants = {str(rung): rung.quant for rung in Target.read("gguf").rungs}
     shipped = Manifest.read(tmp_path / "bundle").artifacts[0].quant
     assert shipped == report["recipe"]["export"]["quant"]
-    assert shipped in quants.values()
+    assert shipped in {*quants.values(), "q4_k_m"}
     assert not any("rounded to nearest" in note for note in report["notes"])

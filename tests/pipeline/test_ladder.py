@@ -167,7 +167,7 @@ def test_a_narrow_rung_that_decodes_slowly_is_left_out(
     wide = make_checkpoint(tmp_path / "wide", "qwen3", hidden_size=256, intermediate_size=256)
     rungs = [{"quant": name} for name in ("q8_0", "q4_k", "q2_k")]
     found = open_ladder(wide, tmp_path / "work", rungs, ladder={})
-    assert [*found.rungs] == ["q8_0", "q4_k"]
+    assert {*found.rungs} == {"q8_0", "q4_k", "q4_k_m"}
 
 
 @pytest.fixture
@@ -196,10 +196,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, FileDivergence]
     ("far", "chosen", "pruned"),
     [
         ({}, "ffn 0.5 q4_0", ["ffn 0.5 q4_0"]),
-        ({"ffn 0.5 q4_0": 40.0}, "q5_0", ["ffn 0.5 q4_0", "q5_0"]),
-        ({"ffn 0.5 q4_0": 1.15}, "q4_0", ["ffn 0.5 q4_0", "q4_0"]),
-        ({"ffn 0.5 q4_0": 1.15, "q4_0": 1.2}, "q5_0", ["ffn 0.5 q4_0", "q4_0", "q5_0"]),
-        ({"ffn 0.5 q4_0": 40.0, "q5_0": 1.2}, "q5_0", ["ffn 0.5 q4_0", "q5_0"]),
+        ({"ffn 0.5 q4_0": 40.0}, "q4_0", ["ffn 0.5 q4_0", "q4_0"]),
+        ({"ffn 0.5 q4_0": 1.2, "nearest q4_0": 1.8}, "q5_0", ["ffn 0.5 q4_0", "q5_0"]),
+        ({"ffn 0.5 q4_0": 40.0, "q4_0": 1.2}, "q5_0", ["ffn 0.5 q4_0", "q4_0", "q5_0"]),
+        (
+            {"ffn 0.5 q4_0": 40.0, "nearest q4_0": 1.8, "q5_0": 1.2},
+            "q5_0",
+            ["ffn 0.5 q4_0", "q5_0"],
+        ),
     ],
 )
 def test_few_rungs_are_pruned_until_one_is_near(
@@ -212,14 +216,41 @@ def test_few_rungs_are_pruned_until_one_is_near(
 ) -> None:
     """The narrowest, then the one that is predicted; of rungs that are all far, the nearest."""
     known, asked = measured
-    for name in SMALL:
-        ratio = far.get(name, 0.5)
+    for name in (*SMALL, "nearest q4_0"):
+        ratio = far.get(name, 1.5 if name.startswith("nearest") else 0.5)
         known[name] = diverge(0.05 * ratio, 0.2 * ratio)
     name, notes = open_ladder(model, tmp_path)._choose()
     assert name == chosen
     assert [each for each in asked if each in NAMES] == pruned
     assert notes[0].startswith("q5_0 as a download: KL from the dense model 0.05 on traces")
     assert ("no rung is as near as q5_0" in notes[-1]) == (far.get(chosen, 0.5) > 1.1)
+
+
+@pytest.mark.parametrize(("ratio", "second"), [(1.3, "ffn 0.75 q4_0"), (40.0, "q5_0")])
+def test_a_cut_rung_is_predicted_by_its_size(
+    model: Path,
+    tmp_path: Path,
+    measured: tuple[dict[str, FileDivergence], list[str]],
+    ratio: float,
+    second: str,
+) -> None:
+    """Between the narrowest, which was measured, and the download with chosen codes."""
+    known, asked = measured
+    cuts = [{"quant": "q4_0", "keep": {"ffn": share}} for share in (0.75, 0.5)]
+    known["ffn 0.5 q4_0"] = diverge(0.05 * ratio, 0.2 * ratio)
+    known |= dict.fromkeys(("ffn 0.75 q4_0", "q5_0"), diverge(0.01, 0.01))
+    name, _ = open_ladder(model, tmp_path, [RUNGS[0], RUNGS[1], *cuts])._choose()
+    assert name == second
+    assert [each for each in asked if "nearest" not in each] == ["ffn 0.5 q4_0", second]
+
+
+def test_the_download_is_a_rung_with_chosen_codes(model: Path, tmp_path: Path) -> None:
+    """So that a file of its size, and nearer, can be built; not where the target cannot run it."""
+    found = open_ladder(model, tmp_path, ladder={"no_worse_than": "q4_k_m"})
+    assert "q4_k_m" in found.rungs
+    assert found.rungs["q4_k_m"].build.job.rounding_quants
+    few = open_ladder(model, tmp_path, ladder={}, target="android-arm64")
+    assert [*few.rungs] == NAMES
 
 
 def test_a_slow_file_is_not_near_enough(
