@@ -30,6 +30,7 @@ from racdeploy.verification.stats.group_sequential import (
     spend_like_obrien_fleming,
 )
 from racdeploy.verification.stats.lengths import length_ratio
+from racdeploy.verification.stats.paired import power
 from racdeploy.verification.stats.verdicts import judge
 
 FIFTHS = [0.2, 0.4, 0.6, 0.8, 1.0]
@@ -79,6 +80,20 @@ def test_every_analysis_has_a_confidence_below_one(prompts: int) -> None:
     confidences = [analysis.confidence for analysis in plan_analyses(prompts, 0.90)]
     assert all(0.9 < confidence < 1 for confidence in confidences)
     assert confidences == sorted(confidences, reverse=True)
+
+
+@pytest.mark.parametrize("prompts", [500, 1000])
+def test_the_exact_error_of_every_analysis_is_at_most_its_level(prompts: int) -> None:
+    """Enumerated, not approximated: a model at the margin passes at most as often as planned.
+
+    Levels of the early analyses are far out in the tails, where a score test by itself could err
+    more; 2 % are for the steps of whole counts, as at the one level of a fixed plan.
+    """
+    for analysis in plan_analyses(prompts, 0.90):
+        level = (1 - analysis.confidence) / 2
+        for discordant_rate in (0.05, 0.055, 0.07, 0.1, 0.2, 0.3):
+            error = power(analysis.prompts, discordant_rate, 0.05, analysis.confidence, drop=0.05)
+            assert error <= 1.02 * level, (analysis, discordant_rate)
 
 
 @pytest.mark.parametrize(
