@@ -165,10 +165,11 @@ class DivergenceMeter:
                 _, completion = passage
                 nats.append(_measure_nats(logits_TV, completion))
 
-        text_nats = np.concatenate(nats[len(self._trace_ids) :])
+        first_text = len(self._trace_ids)
+        text_nats = np.concatenate(nats[first_text:])
         chance_nats = math.log(job.checkpoint.shape.vocab_size)
-        knows_text = bool(text_nats.mean() < chance_nats)
-        return _DenseModel(tops, knows_text)
+        knows_text = text_nats.mean() < chance_nats
+        return _DenseModel(tops, bool(knows_text))
 
     def _compare(self, exported: ExportResult) -> FileDivergence:
         dense = self._dense
@@ -200,11 +201,14 @@ class _DenseModel:
 
 
 def _sum_up(compared: Sequence[LogitDifferences]) -> Passages:
-    return Passages(
-        tokens=tuple(len(each.kl_T) for each in compared),
-        kl_sums=tuple(float(each.kl_T.sum()) for each in compared),
-        same=tuple(int(each.same_T.sum()) for each in compared),
-    )
+    tokens = []
+    kl_sums = []
+    same = []
+    for each in compared:
+        tokens.append(len(each.kl_T))
+        kl_sums.append(float(each.kl_T.sum()))
+        same.append(int(each.same_T.sum()))
+    return Passages(tuple(tokens), tuple(kl_sums), tuple(same))
 
 
 def _measure_nats(logits_TV: Logits, ids: Ids) -> Floats:

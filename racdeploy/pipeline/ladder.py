@@ -92,12 +92,13 @@ class Ladder:
             return replace(self, build=shorter).run(out)
 
         chosen, notes = self._choose()
-        contents, stepped_back = self._make(names[: names.index(chosen) + 1])
+        at_least_as_wide = names[: names.index(chosen) + 1]
+        contents, stepped_back = self._make(at_least_as_wide)
         notes.append(self._report_on_text(contents))
 
-        report = contents.report.model_copy(
-            update={"stepped_back": stepped_back, "notes": (*notes, *contents.report.notes)}
-        )
+        notes += contents.report.notes
+        changes = {"stepped_back": stepped_back, "notes": tuple(notes)}
+        report = contents.report.model_copy(update=changes)
         return self.build.write(replace(contents, report=report), out)
 
     def plan(self, out: Path | None = None) -> Plan:
@@ -140,12 +141,11 @@ class Ladder:
         largest_first = sorted(rungs, key=lambda name: -rungs[name].size.size_bytes)
         rungs = {name: rungs[name] for name in largest_first}
 
-        candidates = self._list_candidates(rungs)
-        return {
-            name: rung
-            for name, rung in rungs.items()
-            if name not in candidates or self._is_predicted_fast(rung)
-        }
+        fast = dict(rungs)
+        for name in self._list_candidates(rungs):
+            if not self._is_predicted_fast(rungs[name]):
+                del fast[name]
+        return fast
 
     @property
     def download(self) -> str:
@@ -207,7 +207,10 @@ class Ladder:
     def _list_candidates(self, rungs: Mapping[str, OpenRung]) -> list[str]:
         """Return the rungs that are at most as large as the download, or else the narrowest."""
         largest = self._download_size.size_bytes
-        small = [name for name, rung in rungs.items() if rung.size.size_bytes <= largest]
+        small = []
+        for name, rung in rungs.items():
+            if rung.size.size_bytes <= largest:
+                small.append(name)
         return small or list(rungs)[-1:]
 
     def _is_predicted_fast(self, rung: OpenRung) -> bool:
@@ -245,10 +248,13 @@ class Ladder:
             measured.append(self._measure(name, download))
             notes.append(self._describe_rung(measured[-1], download))
 
-        near = [each for each in measured if each.is_near]
-        if near:
-            return near[-1].name, notes
-        nearest = min(measured, key=lambda each: max(_list_ratios(each.divergence, download)))
+        if measured[-1].is_near:
+            return measured[-1].name, notes
+
+        def worst_ratio(rung: _Measured) -> float:
+            return max(_list_ratios(rung.divergence, download))
+
+        nearest = min(measured, key=worst_ratio)
         notes.append(f"no rung is as near as {self.download}: {nearest.name} is the nearest")
         return nearest.name, notes
 
@@ -297,11 +303,10 @@ class Ladder:
 
         for name in reversed(between):
             rung = self.rungs[name]
-            step = (rung.size.size_bytes - narrow_bytes) / (wide_bytes - narrow_bytes)
-            ratios = []
-            for narrow, wide in zip(narrow_ratios, wide_ratios, strict=True):
-                ratios.append(narrow ** (1 - step) * wide**step)
-            if not rung.is_cut:
+            if rung.is_cut:
+                step = (rung.size.size_bytes - narrow_bytes) / (wide_bytes - narrow_bytes)
+                ratios = _interpolate(narrow_ratios, wide_ratios, step)
+            else:
                 ratios = self._predict_ratios(rung, download)
             if max(ratios) <= 1 + self._limits.max_excess:
                 return name
@@ -332,8 +337,10 @@ class Ladder:
             return True
         own = self.rungs[name].size.read_bytes
         download = self._download_size.read_bytes
+        own_bytes = sum(own.values())
+        download_bytes = sum(download.values())
         has_known_formats = set(own) <= set(download)
-        reads_less = sum(own.values()) <= sum(download.values())
+        reads_less = own_bytes <= download_bytes
         if has_known_formats and reads_less:
             return True
 
@@ -350,19 +357,23 @@ class Ladder:
         if rung.is_slow:
             return f"{words}; it decodes more slowly than {self.download}"
         if rung.farther:
-            kinds = [f"{ratio:.2g} times on {kind}" for kind, ratio in rung.farther.items()]
-            return f"{words}; farther than {self.download}, {' and '.join(kinds)}"
+            kinds = []
+            for kind, ratio in rung.farther.items():
+                kinds.append(f"{ratio:.2g} on {kind}")
+
+            parts = " and ".join(kinds)
+            return f"{words}; not shown to be as near as {self.download}: times its KL {parts}"
         return f"{words}; no farther than {self.download}"
 
     def _report_on_text(self, contents: BundleContents) -> str:
         """Return a note on texts by which nothing was chosen."""
         meter = replace(self._meter, use="report")
-        own = meter.measure(contents.artifacts[0].result)
-        download = meter.measure(self._download_file)
+        own = meter.measure(contents.artifacts[0].result).text
+        download = meter.measure(self._download_file).text
         return (
-            f"on text by which nothing was chosen: KL {own.text.kl:.2g}, "
-            f"{own.text.same_share:.1%} equal first tokens; {self.download} as a download "
-            f"{download.text.kl:.2g}, {download.text.same_share:.1%}"
+            f"on text by which nothing was chosen: KL {own.kl:.2g}, "
+            f"{own.same_share:.1%} equal first tokens; {self.download} as a download "
+            f"{download.kl:.2g}, {download.same_share:.1%}"
         )
 
     def _make(self, names: list[str]) -> tuple[BundleContents, tuple[str, ...]]:
@@ -402,14 +413,24 @@ class Ladder:
         return TimePlan(stage_seconds=seconds)
 
 
+def _interpolate(first: Sequence[float], last: Sequence[float], step: float) -> list[float]:
+    """Return the numbers at a share of the way from some to others, on a logarithmic scale."""
+    between = []
+    for near, far in zip(first, last, strict=True):
+        between.append(near ** (1 - step) * far**step)
+    return between
+
+
 def _list_ratios(own: FileDivergence, download: FileDivergence) -> list[float]:
     """Return the ratio of both KLs on each kind of text that counts."""
     return [divide(ours.kl, theirs.kl) for _, ours, theirs in pair_kinds(own, download)]
 
 
 def _describe(divergence: FileDivergence) -> str:
+    by_kind = {"traces": divergence.traces, "text": divergence.text}
     words = []
-    for kind, passages in (("traces", divergence.traces), ("text", divergence.text)):
-        words.append(f"{passages.kl:.2g} on {kind} ({passages.same_share:.1%} equal first tokens)")
+    for kind, passages in by_kind.items():
+        share = f"{passages.same_share:.1%} equal first tokens"
+        words.append(f"{passages.kl:.2g} on {kind} ({share})")
     known = "" if divergence.knows_text else ", which the dense model does not know"
     return f"KL from the dense model {', '.join(words)}{known}"

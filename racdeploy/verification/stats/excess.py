@@ -37,16 +37,20 @@ def bound_mean_difference(
         return math.inf
 
     (mean,), (deviation,) = _estimate_means(difference_N[None], tokens_N[None])
-    drawn_RN = np.random.default_rng(_SEED).integers(n, size=(_RESAMPLES, n))
-    mean_R, deviation_R = _estimate_means(difference_N[drawn_RN], tokens_N[drawn_RN])
-
-    # A resample of one text, again and again, has no deviation.
-    varies_R = deviation_R > 0
-    if not varies_R.any():
+    student_R = _resample_student(difference_N, tokens_N, float(mean))
+    if not student_R.size:
         return float(mean)
-    student_R = (mean_R[varies_R] - mean) / deviation_R[varies_R]
     lowest = np.quantile(student_R, 1 - confidence)
     return float(mean - lowest * deviation)
+
+
+def _resample_student(sums_N: Floats, tokens_N: Floats, mean: float) -> Floats:
+    """Return the deviations of resampled means from the mean, in their own standard errors."""
+    n = len(tokens_N)
+    drawn_RN = np.random.default_rng(_SEED).integers(n, size=(_RESAMPLES, n))
+    mean_R, error_R = _estimate_means(sums_N[drawn_RN], tokens_N[drawn_RN])
+    varies_R = error_R > 0  # one text, drawn again and again, does not
+    return np.asarray((mean_R - mean)[varies_R] / error_R[varies_R])
 
 
 def _estimate_means(sums_RN: Floats, tokens_RN: Floats) -> tuple[Floats, Floats]:

@@ -145,7 +145,8 @@ def _continue_below(
     step = next_H[1] - next_H[0]
 
     scores_HG = (next_H[:, None] - sum_G) / deviation
-    density_HG = np.exp(-(scores_HG**2) / 2) / (deviation * math.sqrt(2 * math.pi))
+    scale = deviation * math.sqrt(2 * math.pi)
+    density_HG = np.exp(-(scores_HG**2) / 2) / scale
     mass_H = step * (density_HG @ mass_G)
     mass_H[[0, -1]] /= 2
     return next_H, mass_H
