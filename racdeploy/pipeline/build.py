@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from racdeploy import exporting
-from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.exporting import ExportResult
-from racdeploy.extras import is_installed
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage
 from racdeploy.models.checkpoint import Checkpoint
@@ -35,13 +33,14 @@ from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.shorten_stage import ShortenedModel, ShortenStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.thinking import read_control
-from racdeploy.pipeline.trace_stage import ExportedModel, TraceRequest, TraceStage
+from racdeploy.pipeline.trace_engine import TRACE_QUANT, TraceEngine, name_dense
+from racdeploy.pipeline.trace_memory import TraceMemory
+from racdeploy.pipeline.trace_stage import TraceRequest, TraceStage
 from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
-from racdeploy.pipeline.workspace import Workspace, describe_code, identify_code
+from racdeploy.pipeline.workspace import Workspace, describe_code
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.recipe import Export
 from racdeploy.results.plan import Plan, PruningPlan, RecoveryPlan, TimePlan
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
@@ -85,7 +84,13 @@ class Build:
 
     def check(self, out: Path | None = None) -> Plan:
         """Return the plan of the stages; raise the first error that one of them would raise."""
-        return check_build(self.job, out, self.work)
+        plan = check_build(self.job, out, self.work)
+        self._check_trace_memory()
+
+        engine = self.trace_engine
+        if plan.artifact and not (self.job.recipe.traces.server or engine.obstacle):
+            plan = replace(plan, artifact=replace(plan.artifact, traces_from=engine.label))
+        return plan
 
     def make(self, extra_rivals: Sequence[ExportedArm] = ()) -> bundling.BundleContents:
         """Run all stages up to the verification; return what the bundle will contain."""
@@ -109,6 +114,7 @@ class Build:
 
         pruned, *also = exported = [artifact.result for artifact in artifacts]
         findings = self._check_artifacts(models, exported, traces[0].ids)
+        findings = replace(findings, notes=(*self._note_traces(), *findings.notes))
         control = read_control(job, PromptEncoder.from_folder(model.folder))
 
         evaluation = replace(self.evaluation, control=control)
@@ -117,7 +123,6 @@ class Build:
             model, dense, pruned, findings, also=also, rivals=rivals
         )
 
-        counts = summarize_traces(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         assert model.selection, "it was pruned here"
         selection = model.selection.model_dump()
         origin = {"sha256": TraceSet(trace_folder).sha256, "selection": selection}
@@ -125,7 +130,7 @@ class Build:
             artifacts,
             job,
             model,
-            traces=counts | origin,
+            traces=self._describe_traces(traces) | origin,
             report=report,
             records=records,
             control=control,
@@ -134,6 +139,21 @@ class Build:
     def export_pruned(self) -> ExportResult:
         """Prune the model and export it; nothing is verified."""
         return self._export_artifact(self.prune()).result
+
+    def _note_traces(self) -> list[str]:
+        """Return notes on the engine that answered here; none on a server."""
+        if self.job.recipe.traces.server:
+            return []
+        return self.trace_engine.list_notes(self.job.checkpoint)
+
+    def _describe_traces(self, traces: Sequence[Trace]) -> Json:
+        """Return counts of the traces, and what has made them, for the manifest."""
+        job = self.job
+        sampling = job.recipe.traces.identity
+        counts = summarize_traces(traces, job.checkpoint, job.encoder, sampling)
+        if not job.recipe.traces.server:
+            counts |= self.trace_engine.describe(job.checkpoint)
+        return counts
 
     def _export_artifact(self, model: PrunedModel) -> bundling.Artifact:
         """Export the pruned model, under a name that says what was done to it."""
@@ -185,6 +205,7 @@ class Build:
 
     def traces(self) -> tuple[Path, list[Trace]]:
         """Collect the dense model's traces, or read them back."""
+        self._check_trace_memory()
         return self.trace_stage.run()
 
     def shorten(self) -> Build:
@@ -196,18 +217,7 @@ class Build:
         self.plan_recovery()  # is there enough memory?
 
         def sample(folder: Path | None, prompts: int) -> list[Trace]:
-            stage = self.trace_stage
-            if is_installed("llama_cpp"):
-                form = Export(quant="q8_0")
-                model = folder or job.model.folder
-                name = f"{job.model.name}-sampled"
-                exported = export_model(
-                    self.workspace, model, name, form, metadata={}, importance=None, label="export"
-                )
-                code = identify_code("racdeploy.engines.backends.llamacpp", ("llama-cpp-python",))
-                opener = partial(open_engine, "llamacpp")
-                stage = replace(stage, exported=ExportedModel(exported.path, opener, code))
-            return stage.run(folder, prompts, settings.samples)[1]
+            return self.trace_stage.run(folder, prompts, settings.samples)[1]
 
         prompts = len(job.problems("calibration"))
         stage = ShortenStage(
@@ -385,7 +395,7 @@ class Build:
         Tokens are those of the traces. If there are none yet, traces of maximum length count, and
         so does the memory for answering.
         """
-        from racdeploy.pruning.memory_estimate import estimate_pruning_bytes, estimate_tracing_bytes
+        from racdeploy.pruning.memory_estimate import estimate_pruning_bytes
 
         job, settings = self.job, self.job.recipe
         checkpoint = job.checkpoint
@@ -404,21 +414,35 @@ class Build:
 
         tracing_bytes = None
         if not (traces or settings.traces.server):
-            together = min(settings.traces.batch_size, len(prompts))
-            tracing_bytes = estimate_tracing_bytes(checkpoint, together, max(prompts), max(longest))
+            memory = self._plan_trace_memory()
+            together = memory.fit_sequences(min(settings.traces.batch_size, len(prompts)))
+            tracing_bytes = memory.estimate_bytes(together)
 
         counts = (tokens, held_out_tokens, job.rounding_quants)
         cuts = bool(settings.structure.keep)
-        memory = estimate_pruning_bytes(checkpoint, settings.prune, *counts, cuts=cuts)
+        pruning_bytes = estimate_pruning_bytes(checkpoint, settings.prune, *counts, cuts=cuts)
 
         return PruningPlan(
             prune_tokens=tokens,
-            prune_memory_bytes=memory,
+            prune_memory_bytes=pruning_bytes,
             is_bound=not traces,
             asks=tuple(job.tasks.sources),
             trace_cuts=tuple(job.predict_truncation("calibration")),
             trace_memory_bytes_at_most=tracing_bytes,
         )
+
+    def _check_trace_memory(self) -> None:
+        """Refuse traces that take more memory than is free, unless they are there already."""
+        stage = Stage.locate(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
+        if not (stage.is_finished or self.job.recipe.traces.server):
+            self._plan_trace_memory().check()
+
+    def _plan_trace_memory(self) -> TraceMemory:
+        job = self.job
+        longest = max(job.count_prompt_tokens("calibration"))
+        context_tokens = longest + job.recipe.traces.max_new_tokens + 1
+        from_file = not self.trace_engine.obstacle
+        return TraceMemory(job.checkpoint, longest, context_tokens, from_file)
 
     def plan_time(self, plan: Plan) -> TimePlan:
         """Return an estimate of the seconds of each stage, given the rest of the plan."""
@@ -461,7 +485,21 @@ class Build:
             tags=job.tags,
             tasks=job.tasks,
             settings=settings,
+            file_engine=self.trace_engine,
+            fit_sequences=self._fit_sequences,
         )
+
+    @cached_property
+    def trace_engine(self) -> TraceEngine:
+        """The engine that answers the calibration prompts from files."""
+        return TraceEngine(self.workspace, self.job)
+
+    def _fit_sequences(
+        self, checkpoint: Checkpoint, prompt_tokens: int, context_tokens: int, from_file: bool
+    ) -> int:
+        """Return how many sequences of the traces are decoded together."""
+        memory = TraceMemory(checkpoint, prompt_tokens, context_tokens, from_file)
+        return memory.fit_sequences(self.job.recipe.traces.batch_size)
 
     @property
     def prune_stage(self) -> PruneStage:
@@ -496,7 +534,11 @@ class Build:
 
     def _export_dense(self, model: PrunedModel, quant: str) -> ExportResult:
         dense = self.job.model
-        name = f"{dense.name}-dense-{quant}"
+        name = name_dense(self.job, quant)
+        if quant == TRACE_QUANT and self.job.recipe.export.format == "gguf":
+            # Its scales need no importance: it is the file that answered for the traces.
+            return self.trace_engine.write_file(Checkpoint(dense.folder))
+
         dense_importance = model.folder / DENSE_IMPORTANCE_FILE
         matrix = dense_importance if dense_importance.is_file() else model.folder / IMPORTANCE_FILE
         return self.export(dense.folder, name, pruned=False, importance=matrix, quant=quant)

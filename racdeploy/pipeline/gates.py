@@ -25,7 +25,7 @@ from racdeploy.verification.checks.logits import find_change_limit, find_kl_limi
 from racdeploy.verification.evidence import TokenProbe
 from racdeploy.verification.measurements import encode_probes, probe_tokens
 from racdeploy.verification.token_comparison import TokenComparison
-from racdeploy.verification.top_logits import compare_top, take_top
+from racdeploy.verification.top_logits import LogitDifferences, compare_top, take_top
 
 LOGIT_TOKENS = 128
 _WIDER = "choose a wider quant; if it stays, report the model: a tensor is wrong"
@@ -96,8 +96,17 @@ def check_logits(
         if tensor.source.startswith(prefix) and len(tensor.shape) > 1
     }
 
-    kl_limit = find_kl_limit(quants)
-    kl_T, same_T, changed_T = compare_top(take_top(expected_TV), artifact_TV)
+    differences = compare_top(take_top(expected_TV), artifact_TV)
+    return judge_divergence(differences, find_kl_limit(quants))
+
+
+def judge_divergence(differences: LogitDifferences, kl_limit: float) -> str:
+    """Return a sentence on an artifact's differences from its checkpoint.
+
+    Raises:
+        GateError: they are more than the number formats explain.
+    """
+    kl_T, same_T, changed_T = differences
     kl = kl_T.mean()
 
     if not kl <= kl_limit:  # NaN fails too

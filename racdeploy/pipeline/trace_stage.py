@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from racdeploy import plugins
 from racdeploy.engines.completion_log import TokenLog
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
 from racdeploy.errors import ArtifactError
-from racdeploy.files.stages import Inputs
+from racdeploy.files.reading import read_json
+from racdeploy.files.stages import Inputs, Stage
+from racdeploy.files.writing import write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
 from racdeploy.recipe import Traces
@@ -30,6 +33,7 @@ from racdeploy.traces.collect import (
 from racdeploy.traces.trace import Trace, TraceSet
 
 _UNFINISHED = "growing-"  # prefix of token logs of shards that are being answered
+_TOGETHER = "together.json"  # number of sequences that a file's engine decodes together
 
 
 _OpenEngine = Callable[[Path, EngineSettings], Engine]
@@ -40,20 +44,37 @@ def _open(model: Path, settings: EngineSettings) -> Engine:
     return engine
 
 
-@dataclass(frozen=True)
-class ExportedModel:
-    """The model as a file for an engine that answers faster than transformers.
+class FileEngine(Protocol):
+    """An engine that answers faster than transformers, from a file that is exported of a model.
 
     Only what is passed here knows that engine: the code of the stage does not depend on it.
-
-    Args:
-        open: see :func:`racdeploy.engines.open_engine`; other processes call it, too.
-        code: version and code hash of the engine.
     """
 
-    path: Path
-    open: _OpenEngine
-    code: Mapping[str, str]
+    @property
+    def open(self) -> _OpenEngine:
+        """Opens a file, see :func:`racdeploy.engines.open_engine`; other processes call it, too."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Number format, engine and its code: inputs of the traces."""
+
+    def accepts(self, checkpoint: Checkpoint) -> bool:
+        """Return False for a model whose file was found to differ from it."""
+
+    def export(self, checkpoint: Checkpoint) -> Path | None:
+        """Return the file of a model, or None if it differs from the model."""
+
+
+class FitSequences(Protocol):
+    """Function that finds how many sequences memory has room for.
+
+    It takes the model, the tokens of the longest prompt and of the longest sequence, and whether a
+    file answers.
+    """
+
+    def __call__(
+        self, checkpoint: Checkpoint, prompt_tokens: int, context_tokens: int, from_file: bool
+    ) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +97,8 @@ class TraceRequest:
 class TraceStage:
     """The stage that collects traces of the dense model, or of a sparse one in recovery.
 
-    ``exported`` is the model that answers; None for its checkpoint under transformers.
+    ``file_engine`` answers where it can; None for checkpoints under transformers. Without
+    ``fit_sequences`` a whole shard is decoded together.
     """
 
     workspace: Workspace
@@ -85,18 +107,20 @@ class TraceStage:
     tags: ThinkingTags | None
     tasks: TaskSet
     settings: Traces
-    exported: ExportedModel | None = None
+    file_engine: FileEngine | None = None
+    fit_sequences: FitSequences | None = None
 
     def inputs(self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1) -> Inputs:
         """Return the inputs of a model's traces; torch is one only if it generates them."""
-        needs_torch = not (self._is_served(checkpoint) or self.exported)
+        engine = self._find_engine(checkpoint)
+        needs_torch = not (self._is_served(checkpoint) or engine)
         return identify_code(__name__, COMPUTE_LIBRARIES if needs_torch else ()) | {
             "model": checkpoint.sha256,
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
             **({"first": max_prompts} if max_prompts else {}),
             **({"samples": samples} if samples > 1 else {}),
-            **({"engine": dict(self.exported.code)} if self.exported else {}),
+            **({"engine": dict(engine.identity)} if engine else {}),
         }
 
     def run(
@@ -110,6 +134,10 @@ class TraceStage:
             samples: answers to each prompt, one after the other.
         """
         checkpoint = Checkpoint(sparse) if sparse else self.dense
+        expected = self.inputs(checkpoint, max_prompts, samples)
+        if not Stage.locate(self.workspace.work, "traces", expected).is_finished:
+            self._export(checkpoint)  # whether the file can answer is an input
+
         stage = self.workspace.open("traces", self.inputs(checkpoint, max_prompts, samples))
         out = TraceSet(stage.folder)
 
@@ -128,16 +156,13 @@ class TraceStage:
         asked = drawn[:max_prompts] if max_prompts else drawn
         longest = max(len(self.encoder.encode(problem.question)) for problem in asked)
         problems = [problem for problem in asked for _ in range(samples)]
-        context_tokens = longest + settings.max_new_tokens + 1
 
         # Progress is shown before the model is loaded, which takes a while.
         eos_ids = self.dense.eos_ids
         completion_progress = CompletionProgress(self.workspace.progress, "traces", len(problems))
         completion_progress.set_saved(out.count())
 
-        with self._open_source(
-            context_tokens, stage.folder, checkpoint, completion_progress
-        ) as source:
+        with self._open_source(longest, stage.folder, checkpoint, completion_progress) as source:
             traces = collect_traces(
                 source,
                 self.encoder,
@@ -173,12 +198,13 @@ class TraceStage:
     @contextmanager
     def _open_source(
         self,
-        context_tokens: int,
+        prompt_tokens: int,
         folder: Path,
         checkpoint: Checkpoint,
         completion_progress: CompletionProgress,
     ) -> Iterator[CompletionSource]:
         """Yield the source of completions: the recipe's server, or the processes of this job."""
+        context_tokens = prompt_tokens + self.settings.max_new_tokens + 1
         if self._is_served(checkpoint):
             with server.open_server(
                 self.settings,
@@ -191,16 +217,14 @@ class TraceStage:
                 yield source
             return
 
-        settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
-        open_model, model = self._choose_model(checkpoint)
-        request = TraceRequest(
-            settings=settings, open=open_model, model=model.resolve(), sha256=checkpoint.sha256
+        file = self._export(checkpoint)
+        request = self._make_request(
+            file, checkpoint, folder, prompt_tokens=prompt_tokens, context_tokens=context_tokens
         )
-
-        with open_model(model, settings) as engine:
+        with request.open(request.model, request.settings) as engine:
             # The last bits of llama.cpp's logits depend on what is decoded together: a shard is
             # the same again only as a whole.
-            resumes = self.exported is None
+            resumes = file is None
             answer = partial(
                 _answer_durably,
                 engine=engine,
@@ -220,11 +244,62 @@ class TraceStage:
             if lacking:
                 yield CompletionSource(lambda requests: [answer(each) for each in requests])
 
-    def _choose_model(self, checkpoint: Checkpoint) -> tuple[_OpenEngine, Path]:
-        """Return the file or folder of the model that answers, after what opens it."""
-        if self.exported:
-            return self.exported.open, self.exported.path
-        return _open, checkpoint.folder
+    def _make_request(
+        self,
+        file: Path | None,
+        checkpoint: Checkpoint,
+        folder: Path,
+        *,
+        prompt_tokens: int,
+        context_tokens: int,
+    ) -> TraceRequest:
+        """Return what opens a model: its file, or its checkpoint under transformers."""
+        open_model: _OpenEngine = _open
+        model = checkpoint.folder
+        if self.file_engine and file:
+            open_model = self.file_engine.open
+            model = file
+
+        together = self._count_together(
+            folder, checkpoint, prompt_tokens, context_tokens, from_file=file is not None
+        )
+        return TraceRequest(
+            settings=EngineSettings(context_tokens, together, self.workspace.threads),
+            open=open_model,
+            model=model.resolve(),
+            sha256=checkpoint.sha256,
+        )
+
+    def _find_engine(self, checkpoint: Checkpoint) -> FileEngine | None:
+        """Return the engine that answers from a file; None for the server or transformers."""
+        engine = self.file_engine
+        if engine is None or self._is_served(checkpoint) or not engine.accepts(checkpoint):
+            return None
+        return engine
+
+    def _export(self, checkpoint: Checkpoint) -> Path | None:
+        """Return the file that answers for a model, None if none does."""
+        engine = self._find_engine(checkpoint)
+        return engine.export(checkpoint) if engine else None
+
+    def _count_together(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        prompt_tokens: int,
+        context_tokens: int,
+        *,
+        from_file: bool,
+    ) -> int:
+        """Return how many sequences are decoded together, in a resumed stage as many as before."""
+        if self.fit_sequences is None:
+            return self.settings.batch_size
+
+        record = folder / _TOGETHER
+        if not record.is_file():
+            fitting = self.fit_sequences(checkpoint, prompt_tokens, context_tokens, from_file)
+            write_atomic(record, f'{{"sequences": {fitting}}}\n')
+        return int(read_json(record)["sequences"])
 
     def _is_served(self, checkpoint: Checkpoint) -> bool:
         """Return True if the recipe's server answers: it has the dense model."""

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from racdeploy import plugins
+from racdeploy.engines.engine import BATCH_TOKENS
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
@@ -22,6 +23,10 @@ _SUMMED_SHARE = 0.56  # of the Hessian: 36 of 64 squares, see InputStatistic
 # Float32 arrays while a linear is solved. MATRICES, (I, I): Hessian and factor. COPIES, (O, I):
 # weights twice, scores, result, and what ``kthvalue`` or the refit needs. Methods may differ.
 _MATRICES, _COPIES, _REFIT_COPIES, _CUT_MATRICES = 2, 7, 9, 4
+_FILE_BITS = 8.5  # of a weight in the file that answers, see pipeline/trace_engine.py
+_LOGIT_ROWS = 64  # of llama.cpp's last batch
+_COMPARED_TOKENS = 512  # of a prompt with its answer, for which torch has all logits
+_ENGINE_BYTES = 96 << 20  # of llama.cpp's process before it opens a file
 _LIBRARIES_BYTES = 365 << 20  # of torch and transformers, if not imported yet
 _STARTED_BYTES = 16 << 20  # of torch at its first products; 12 MiB in a tiny model
 _FRAGMENTATION = 1.4  # the C library keeps freed memory: measured 1.1 to 1.4 times the use
@@ -52,6 +57,32 @@ def estimate_tracing_bytes(
     passing = sequences * prompt * (2 * width + 4 * shape.hidden_states_width + 4 * inner)
     logits = 2 * sequences * shape.vocab_size
     return _process_bytes() + _FLOAT32 * (checkpoint.parameters + cache + passing + logits)
+
+
+def estimate_file_tracing_bytes(checkpoint: Checkpoint, sequences: int, longest: int) -> int:
+    """Estimate the peak memory of collecting traces from a file under llama.cpp.
+
+    It has this process, and the larger of two: the checkpoint under torch, with which the file is
+    compared, and llama.cpp's process.
+
+    Args:
+        sequences: decoded at a time; each has room for ``longest`` tokens.
+    """
+    shape = checkpoint.shape
+    inner = max(group.inputs for group in _list_groups(shape))
+
+    compared = _FLOAT32 * (checkpoint.parameters + 2 * _COMPARED_TOKENS * shape.vocab_size)
+
+    # The file is mapped, and most of it is copied for the processor's kernels. Keys and values have
+    # 16 bits. A batch has the values of its tokens, and each of their scores with earlier tokens.
+    weights = round(2 * _FILE_BITS / 8 * checkpoint.parameters)
+    cache = 2 * 2 * shape.num_key_value_heads * shape.head_dim * sum(shape.attends)
+    passing = BATCH_TOKENS * (4 * shape.hidden_states_width + 3 * inner)
+    heads = max(shape.widths["num_attention_heads"])
+    scores = BATCH_TOKENS * heads * longest
+    logits = 2 * _LOGIT_ROWS * shape.vocab_size
+    engine = weights + cache * sequences * longest + _FLOAT32 * (passing + scores + logits)
+    return _process_bytes() + max(compared, _ENGINE_BYTES + engine)
 
 
 def estimate_pruning_bytes(

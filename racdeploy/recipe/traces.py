@@ -25,8 +25,9 @@ class Traces(Section):
     temperature: FiniteNonNegative = 0.6
     top_p: float = Field(default=0.95, gt=0, le=1)
     max_new_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
-    batch_size: BatchSize = 64  # one shard on disk each
+    batch_size: BatchSize = 16  # one shard on disk each, which a killed run loses
     seed: NonNegativeInt = 0
+    engine: Literal["auto", "llamacpp", "transformers"] = "auto"
     server: str = ""
     server_model: str = ""
     server_key_env: str = ""
@@ -47,6 +48,8 @@ class Traces(Section):
 
         if unused and not self.server:
             raise ValueError(f"{', '.join(unused)} without server")
+        if self.server and self.engine != "auto":
+            raise ValueError("engine and server: one of them answers")
 
         return self
 
@@ -55,9 +58,9 @@ class Traces(Section):
         """Settings that determine the traces: sampling and model, not how the server is reached.
 
         A server with a named model may change its address; otherwise the address identifies the
-        model.
+        model. The engine that answers here is an input of its own.
         """
-        values = self.model_dump()
+        values = self.model_dump(exclude={"engine"})
         sampling = {key: value for key, value in values.items() if not key.startswith("server")}
         if self.server:
             sampling["server"] = self.server_model or self.server

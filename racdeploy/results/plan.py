@@ -19,7 +19,7 @@ class ArtifactPlan:
     Args:
         model: folder or id of the dense model.
         linears_kept_dense: prunable linears that get no zeros.
-        traces_from: server that answers the calibration prompts, or ``transformers``.
+        traces_from: server or engine that answers the calibration prompts.
         evaluation_models: models that answer the evaluation prompts.
         cache_bytes: keys and values of one sequence.
         artifact: name of the artifact, without suffix.

@@ -18,7 +18,7 @@ from racdeploy.recipe import Recipe
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
-TRACES = {"count": 12, "batch_size": 6, "max_new_tokens": 40}
+TRACES = {"count": 12, "batch_size": 6, "max_new_tokens": 40, "engine": "transformers"}
 KILLED_AFTER = 50
 
 

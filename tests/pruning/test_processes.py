@@ -32,6 +32,7 @@ from tests.support.job_recipes import TRACES
 from tests.support.tiny_models import make_checkpoint
 
 RECIPE_OF_TRACES = {"traces": {"count": 24, "batch_size": 5, "max_new_tokens": 12}}
+UNDER_TORCH = {"traces": RECIPE_OF_TRACES["traces"] | {"engine": "transformers"}}
 SERVED = {"traces": {"server": "http://127.0.0.1:1/v1"}}
 PLAIN = 'prune.allocation = "error"\n'
 CUT = "structure.keep = {ffn = 0.5, heads = 0.75, blocks = 0.5}\n"
@@ -292,9 +293,7 @@ def test_another_torch_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.
     """
     model = {"model": str(_model(tmp_path, ""))}
-    job, served = (
-        Job(Recipe.combine(None, model | traces)) for traces in (RECIPE_OF_TRACES, SERVED)
-    )
+    job, served = (Job(Recipe.combine(None, model | traces)) for traces in (UNDER_TORCH, SERVED))
     before, before_served = (
         Build(j, tmp_path).trace_stage.inputs(j.checkpoint) for j in (job, served)
     )
