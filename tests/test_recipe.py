@@ -82,7 +82,8 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         key for key, value in _leaves(recipe.model_dump(mode="json")) if value != defaults[key]
     }
     assert changed == {
-        *("also", "tasks", "calibration_tasks", "prune.ignore", "verify.controls"),
+        *("also", "ladder.no_worse_than", "tasks", "calibration_tasks", "prune.ignore"),
+        "verify.controls",
         *("prune.sparsity", "recover.tokens", "recover.methods", "recover.extra_text"),
         "recover.shorten",
         *("traces.server", "traces.server_model", "traces.server_key_env"),

@@ -34,7 +34,7 @@ def write_first_line(verb: str, recipe: Recipe) -> str:
     targets = " and ".join((recipe.target, *recipe.also))
     if recipe.rungs:
         download = recipe.ladder.no_worse_than or "the file that people download"
-        rungs = f"the smallest of {len(recipe.rungs)} rungs no farther from dense than {download}"
+        rungs = f"the smallest of {len(recipe.rungs)} rungs that is no worse than {download}"
         return f"build: {model} for {targets}, {rungs}"
     return f"build: {model} for {targets}, {done}, stored in {recipe.export.quant}"
 

@@ -199,7 +199,7 @@ def test_experts_are_planned(tmp_path: Path) -> None:
     gone = 2 * 2 * (3 * 32 * 64 + 64)  # in two blocks two experts, with their rows of the router
     assert whole["parameters"] - cut["parameters_left"] == gone
     assert cut["artifact_bytes"] < whole["artifact_bytes"]
-    assert proposed["rungs"] == ["q8_0", "q6_k", "q4_k"]
+    assert proposed["rungs"] == ["q8_0", "q6_k", "q4_k_m", "q4_k"]
     assert proposed["note"].startswith("nothing is cut, though ffn 0.75 was proposed: ")
 
 
