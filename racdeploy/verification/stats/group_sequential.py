@@ -29,7 +29,7 @@ FIRST_ANALYSIS = 64
 # Simulated, equally good models with 200 prompts are asked 191 on average, and pass 7 points more
 # rarely than with one analysis; with 1,000 they are asked 598, and pass as often
 # (benchmarks/RESULTS.md, "Interim analyses").
-MIN_PROMPTS = 500
+MIN_PROMPTS = 1000
 """Fewer prompts are judged once."""
 _LAST_INTERIM = 0.8  # of all prompts: a later analysis would save less than a fifth
 _DESIGNED_SHARE = 0.8  # of the permitted error is spent: the normal approximation is not exact
@@ -60,7 +60,7 @@ def spend_like_obrien_fleming(share: float, error: float) -> float:
 
 
 def plan_analyses(prompts: int, confidence: float) -> tuple[Analysis, ...]:
-    """Return the analyses of a comparison; fewer than 500 prompts have one.
+    """Return the analyses of a comparison; fewer than 1,000 prompts have one.
 
     Args:
         prompts: the greatest number of prompts.
