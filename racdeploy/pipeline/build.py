@@ -534,11 +534,11 @@ class Build:
 
     def _export_dense(self, model: PrunedModel, quant: str) -> ExportResult:
         dense = self.job.model
-        name = name_dense(self.job, quant)
         if quant == TRACE_QUANT and self.job.recipe.export.format == "gguf":
             # Its scales need no importance: it is the file that answered for the traces.
             return self.trace_engine.write_file(Checkpoint(dense.folder))
 
+        name = name_dense(self.job, quant)
         dense_importance = model.folder / DENSE_IMPORTANCE_FILE
         matrix = dense_importance if dense_importance.is_file() else model.folder / IMPORTANCE_FILE
         return self.export(dense.folder, name, pruned=False, importance=matrix, quant=quant)

@@ -32,7 +32,7 @@ from racdeploy.verification.stats.distributions import Floats
 from racdeploy.verification.top_logits import (
     LogitDifferences,
     TopLogits,
-    compare_top,
+    compare_top_logits,
     completion_logits,
     take_top,
 )
@@ -173,11 +173,8 @@ class DivergenceMeter:
 
     def _compare(self, exported: ExportResult) -> FileDivergence:
         dense = self._dense
-        compared = []
         with self._open(self.build.job.backend, exported.path) as engine:
-            for number, (passage, top) in enumerate(zip(self._passages, dense.tops, strict=True)):
-                self.build.workspace.report("compare", number, len(self._passages))
-                compared.append(compare_top(top, completion_logits(engine, passage)))
+            compared = compare_top_logits(engine, self._passages, dense.tops, self.build.progress)
 
         count = len(self._trace_ids)
         return FileDivergence(

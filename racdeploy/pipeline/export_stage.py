@@ -19,6 +19,17 @@ from racdeploy.recipe import Export
 _IGNORED_SETTINGS = {"importance", "allow_losing_zeros", "accept_token_differences"}
 
 
+def store_plainly(settings: Export, quant: str) -> Export:
+    """Return settings that store a dense model as the engine's own tool does.
+
+    One number format, nearest codes without importance, and no packing.
+    """
+    changed = {"quant": quant, "tensors": {}, "packing": "plain"}
+    if "importance" in exporting.load(settings.format).OPTIONS:
+        changed["importance"] = "none"
+    return settings.model_copy(update=changed)
+
+
 def export_model(
     workspace: Workspace,
     folder: Path,

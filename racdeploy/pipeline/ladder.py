@@ -22,9 +22,10 @@ from racdeploy.pipeline.artifact_sizes import ArtifactSize, SizePredictor
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.bundling import BundleContents
 from racdeploy.pipeline.divergence_stage import DivergenceMeter, FileDivergence
-from racdeploy.pipeline.export_stage import export_model
+from racdeploy.pipeline.export_stage import export_model, store_plainly
 from racdeploy.pipeline.preflight import check_memory, plan_artifact
 from racdeploy.pipeline.rung_losses import divide, find_farther, find_losses, pair_kinds
+from racdeploy.pipeline.trace_engine import name_dense
 from racdeploy.recipe import LadderLimits
 from racdeploy.recipe_settings import RecipeSettings
 from racdeploy.results.plan import Plan, TimePlan
@@ -119,11 +120,25 @@ class Ladder:
             UsageError: no rung fits the model and the target's memory, or the target cannot store
                 the download.
         """
-        exporting.check(self._open(Rung(quant=self.download)).job.recipe.export)
+        rungs, _ = self._opened
+        fast = dict(rungs)
+        for name in self._list_candidates(rungs):
+            if not self._is_predicted_fast(rungs[name]):
+                del fast[name]
+        return fast
+
+    @cached_property
+    def _opened(self) -> tuple[dict[str, OpenRung], ArtifactSize]:
+        """Rungs that fit the model and the target's memory, the largest first; the download's size.
+
+        All are predicted by one predictor, which plans tokenizer and shapes of a cut once.
+        """
+        download = self._open(Rung(quant=self.download))
+        exporting.check(download.job.recipe.export)
+        rungs = {}
+        errors = []
         with tempfile.TemporaryDirectory() as scratch:  # a plan leaves the work folder alone
             sizes = SizePredictor(Path(scratch))
-            rungs = {}
-            errors = []
             for rung in (*self.build.job.recipe.rungs, Rung(quant=self.download)):
                 try:
                     build = self._open(rung)
@@ -135,17 +150,12 @@ class Ladder:
                 # A cut that the model does not allow is none: it replaces that rung, with a note.
                 name = str(Rung(quant=rung.quant, keep=build.job.recipe.structure.keep))
                 rungs[name] = OpenRung(build, sizes.predict(build.job))
+            if not rungs:
+                raise errors[0]
+            download_size = sizes.predict(download.job)
 
-        if not rungs:
-            raise errors[0]
         largest_first = sorted(rungs, key=lambda name: -rungs[name].size.size_bytes)
-        rungs = {name: rungs[name] for name in largest_first}
-
-        fast = dict(rungs)
-        for name in self._list_candidates(rungs):
-            if not self._is_predicted_fast(rungs[name]):
-                del fast[name]
-        return fast
+        return {name: rungs[name] for name in largest_first}, download_size
 
     @property
     def download(self) -> str:
@@ -161,10 +171,10 @@ class Ladder:
     def _limits(self) -> LadderLimits:
         return self.build.job.recipe.ladder
 
-    @cached_property
+    @property
     def _download_size(self) -> ArtifactSize:
-        with tempfile.TemporaryDirectory() as scratch:
-            return SizePredictor(Path(scratch)).predict(self._open(Rung(quant=self.download)).job)
+        _, size = self._opened
+        return size
 
     @cached_property
     def _download_file(self) -> ExportResult:
@@ -190,15 +200,12 @@ class Ladder:
 
     def _export_nearest(self, quant: str) -> ExportResult:
         """Export the dense model with the nearest codes of a number format."""
-        build = self._open(Rung(quant=quant))
-        settings = build.job.recipe.export.model_copy(update={"packing": "plain"})
-        if "importance" in exporting.load(settings.format).OPTIONS:
-            settings = settings.model_copy(update={"importance": "none"})
+        job = self.build.job
         return export_model(
-            build.workspace,
-            build.job.checkpoint.folder,
-            f"{build.job.model.name}-{quant}",
-            settings,
+            self.build.workspace,
+            job.checkpoint.folder,
+            name_dense(job, quant),
+            store_plainly(job.recipe.export, quant),
             metadata={},
             importance=None,
             label="export dense",

@@ -22,7 +22,7 @@ from racdeploy.extras import is_installed
 from racdeploy.files.code_hashes import code_hash
 from racdeploy.files.stages import Stage
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.export_stage import export_model
+from racdeploy.pipeline.export_stage import export_model, store_plainly
 from racdeploy.pipeline.gates import judge_divergence
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code, notify
@@ -222,10 +222,7 @@ def list_file_settings(recipe: Export, quant: str) -> Export:
 
     Engines get token ids: a pre-tokenizer that llama.cpp lacks does no harm.
     """
-    if recipe.format == "gguf":
-        changed = {"quant": quant, "packing": "plain", "tensors": {}, "importance": "none"}
-        return recipe.model_copy(update=changed)
-    return Export(quant=quant, importance="none")
+    return store_plainly(recipe if recipe.format == "gguf" else Export(), quant)
 
 
 def name_dense(job: Job, quant: str) -> str:

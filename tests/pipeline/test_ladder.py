@@ -350,7 +350,7 @@ def test_files_are_measured_once(
     assert report.text.tokens != wide.text.tokens
     assert not report.traces.tokens
 
-    monkeypatch.setattr(divergence_stage, "compare_top", None)
+    monkeypatch.setattr(divergence_stage, "compare_top_logits", None)
     assert found._meter.measure(found._export_nearest("q8_0")) == wide
 
 
