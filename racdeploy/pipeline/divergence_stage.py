@@ -91,109 +91,123 @@ class FileDivergence:
 
 @dataclass(frozen=True)
 class DivergenceMeter:
-    """Measures files against the dense model of a build, whose logits are computed once.
+    """Measures files against the dense model of a build, which is read once under torch.
 
-    Args:
-        build: of the dense model; its traces and its tokenizer are used.
-        use: whether a model is chosen by the figures, or reported on.
+    Its traces and its tokenizer are used.
     """
 
     build: Build
-    use: TextUse = "choose"
 
-    def measure(self, exported: ExportResult) -> FileDivergence:
-        """Return the divergence of a file with the dense model's tokens, measured or known."""
+    def measure(self, exported: ExportResult, use: TextUse = "choose") -> FileDivergence:
+        """Return the divergence of a file with the dense model's tokens, measured or known.
+
+        Args:
+            exported: the file.
+            use: whether a model is chosen by the figures, or reported on. The report has no traces:
+                it is on other prompts, which the verification asks.
+        """
         trace_folder, _ = self.build.traces()
         inputs = identify_code(__name__) | {
             "dense": self.build.job.checkpoint.sha256,
             "files": dict(exported.files),
-            "traces": TraceSet(trace_folder).sha256 if self.use == "choose" else "",
-            "texts": self.use,
+            "traces": TraceSet(trace_folder).sha256 if use == "choose" else "",
+            "texts": use,
         }
 
         stage = self.build.workspace.open("divergence", inputs)
         if not stage.is_finished:
-            stage.finish(asdict(self._compare(exported)))
+            stage.finish(asdict(self._compare(exported, use)))
         return TypeAdapter(FileDivergence).validate_python(stage.summary)
 
     @cached_property
     def _traces(self) -> Sequence[Trace]:
-        """Held-out traces; the report is on other prompts, which the verification asks."""
-        if self.use == "report":
-            return []
+        """Held-out traces."""
         _, traces = self.build.traces()
         held_out = self.build.prune_stage.choose_traces(traces).held_out
         return (held_out or traces)[:_MAX_TRACES]
 
-    @property
-    def _answer_tokens(self) -> float:
-        return fmean([len(trace.completion_ids) for trace in self._traces] or [0])
-
-    @property
+    @cached_property
     def _trace_ids(self) -> list[TraceIds]:
         return [(each.prompt_ids, each.completion_ids[:_MAX_TRACE_TOKENS]) for each in self._traces]
 
     @cached_property
-    def _text_ids(self) -> list[TraceIds]:
+    def _text_ids(self) -> dict[TextUse, list[TraceIds]]:
         job = self.build.job
         leading_ids = job.encoder.leading_ids
         positions = job.checkpoint.shape.max_positions
         most = min(_MAX_TEXT_TOKENS, positions - len(leading_ids))
 
-        passages = []
-        for text in _read_texts(self.use):
-            ids = job.encoder.encode_text(text)
-            passages += split_text(ids[:most], most, leading_ids)
+        passages: dict[TextUse, list[TraceIds]] = {}
+        for use in _TEXTS:
+            passages[use] = []
+            for text in _read_texts(use):
+                ids = job.encoder.encode_text(text)
+                passages[use] += split_text(ids[:most], most, leading_ids)
         return passages
 
     @cached_property
-    def _passages(self) -> list[TraceIds]:
-        return [*self._trace_ids, *self._text_ids]
-
-    @cached_property
     def _dense(self) -> _DenseModel:
-        """What the dense model predicts, under torch."""
+        """What the dense model predicts of everything that files are compared on."""
         job = self.build.job
-        count = len(self._passages)
+        texts = self._text_ids
+        with self._open("transformers", job.checkpoint.folder) as engine:
+            traces, _ = self._read(engine, self._trace_ids)
+            chosen, nats = self._read(engine, texts["choose"])
+            reported, _ = self._read(engine, texts["report"])
+
+        chance_nats = math.log(job.checkpoint.shape.vocab_size)
+        knows_text = np.concatenate(nats).mean() < chance_nats
+        return _DenseModel(traces, {"choose": chosen, "report": reported}, bool(knows_text))
+
+    def _read(
+        self, engine: Engine, passages: Sequence[TraceIds]
+    ) -> tuple[list[TopLogits], list[Floats]]:
+        """Return the most likely tokens of each passage, and the likelihood of its own."""
         tops = []
         nats = []
-        with self._open("transformers", job.checkpoint.folder) as engine:
-            for number, passage in enumerate(self._passages):
-                self.build.workspace.report("read dense", number, count)
-                logits_TV = completion_logits(engine, passage)
-                tops.append(take_top(logits_TV))
-                _, completion = passage
-                nats.append(_measure_nats(logits_TV, completion))
+        for number, passage in enumerate(passages):
+            self.build.workspace.report("read dense", number, len(passages))
+            logits_TV = completion_logits(engine, passage)
+            tops.append(take_top(logits_TV))
+            _, completion = passage
+            nats.append(_measure_nats(logits_TV, completion))
+        return tops, nats
 
-        first_text = len(self._trace_ids)
-        text_nats = np.concatenate(nats[first_text:])
-        chance_nats = math.log(job.checkpoint.shape.vocab_size)
-        knows_text = text_nats.mean() < chance_nats
-        return _DenseModel(tops, bool(knows_text))
-
-    def _compare(self, exported: ExportResult) -> FileDivergence:
+    def _compare(self, exported: ExportResult, use: TextUse) -> FileDivergence:
         dense = self._dense
+        traces: list[LogitDifferences] = []
+        answer_tokens = 0.0
         with self._open(self.build.job.backend, exported.path) as engine:
-            compared = compare_top_logits(engine, self._passages, dense.tops, self.build.progress)
+            if use == "choose":
+                answer_tokens = fmean(len(trace.completion_ids) for trace in self._traces)
+                traces = self._measure(engine, self._trace_ids, dense.traces)
+            text = self._measure(engine, self._text_ids[use], dense.texts[use])
 
-        count = len(self._trace_ids)
         return FileDivergence(
-            traces=_sum_up(compared[:count]),
-            text=_sum_up(compared[count:]),
-            answer_tokens=self._answer_tokens,
+            traces=_sum_up(traces),
+            text=_sum_up(text),
+            answer_tokens=answer_tokens,
             knows_text=dense.knows_text,
         )
 
+    def _measure(
+        self, engine: Engine, passages: Sequence[TraceIds], dense: Sequence[TopLogits]
+    ) -> list[LogitDifferences]:
+        return compare_top_logits(engine, passages, dense, self.build.progress)
+
     def _open(self, backend: str, path: Path) -> AbstractContextManager[Engine]:
-        context_tokens = 1 + max(len(prompt) + len(rest) for prompt, rest in self._passages)
+        texts = self._text_ids
+        passages = [*self._trace_ids, *texts["choose"], *texts["report"]]
+        context_tokens = 1 + max(len(prompt) + len(rest) for prompt, rest in passages)
         return make_opener(backend, path, context_tokens, self.build.threads)()
 
 
 @dataclass(frozen=True)
 class _DenseModel:
-    """The most likely tokens of the dense model in every passage."""
+    """The most likely tokens of the dense model in every passage, under torch."""
 
-    tops: list[TopLogits]
+    traces: list[TopLogits]
+    texts: Mapping[TextUse, list[TopLogits]]
     knows_text: bool
 
 

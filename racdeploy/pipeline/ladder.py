@@ -229,9 +229,8 @@ class Ladder:
         device = self._target.device
         if device is None:
             return True
-        own_s, download_s = (
-            device.predict_token_s(size.read_bytes) for size in (rung.size, self._download_size)
-        )
+        own_s = device.predict_token_s(rung.size.read_bytes)
+        download_s = device.predict_token_s(self._download_size.read_bytes)
         return own_s <= download_s / self._limits.min_speed
 
     def _choose(self) -> tuple[str, list[str]]:
@@ -374,9 +373,8 @@ class Ladder:
 
     def _report_on_text(self, contents: BundleContents) -> str:
         """Return a note on texts by which nothing was chosen."""
-        meter = replace(self._meter, use="report")
-        own = meter.measure(contents.artifacts[0].result).text
-        download = meter.measure(self._download_file).text
+        own = self._meter.measure(contents.artifacts[0].result, "report").text
+        download = self._meter.measure(self._download_file, "report").text
         return (
             f"on text by which nothing was chosen: KL {own.kl:.2g}, "
             f"{own.same_share:.1%} equal first tokens; {self.download} as a download "

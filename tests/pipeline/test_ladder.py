@@ -346,7 +346,8 @@ def test_files_are_measured_once(
     assert wide.answer_tokens == 8
     assert not wide.knows_text  # random weights
 
-    report = DivergenceMeter(found.build, "report").measure(found._export_nearest("q8_0"))
+    monkeypatch.setattr(DivergenceMeter, "_read", None)  # the dense model was read for both
+    report = found._meter.measure(found._export_nearest("q8_0"), "report")
     assert report.text.tokens != wide.text.tokens
     assert not report.traces.tokens
 
