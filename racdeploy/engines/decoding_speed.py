@@ -12,7 +12,8 @@ from racdeploy.engines.engine import EngineSettings, Sampling
 ENGINE = "llamacpp"
 """The engine whose speed on a device is known; others get a rough estimate."""
 _PROMPT_TOKENS, _NEW_TOKENS, _REPEATS = 8, 16, 3
-_ROUNDS = 3  # of alternating runs
+_ROUNDS = 5  # of alternating runs
+_MIN_ROUND_S = 0.1  # three answers of a tiny model take a few milliseconds, which are mostly noise
 
 
 @dataclass(frozen=True)
@@ -24,25 +25,34 @@ class DecodeSample:
 
 
 def measure_file(
-    file: Path, threads: int, engine: str = ENGINE, prompt_tokens: int = _PROMPT_TOKENS
+    file: Path,
+    threads: int,
+    engine: str = ENGINE,
+    prompt_tokens: int = _PROMPT_TOKENS,
+    min_s: float = 0.0,
 ) -> DecodeSample:
     """Decode a few short answers in a child process, and return the fastest.
 
     A single thread is timed in CPU time, so that other processes do not matter.
+
+    Args:
+        min_s: seconds of decoding until which answers are repeated.
     """
     spent = "decode_cpu_s" if threads == 1 else "decode_s"
     prompt = [number % 251 for number in range(prompt_tokens)]
     sampling = Sampling(max_new_tokens=_NEW_TOKENS, stop_ids=())
     settings = EngineSettings(prompt_tokens + 2 * _NEW_TOKENS, 1, threads)
-    times = []
+    times: list[float] = []
 
     with open_engine(engine, file, settings) as opened:
         opened.generate([prompt[:4]], Sampling(max_new_tokens=2, stop_ids=()))
 
-        for turn in range(_REPEATS):
+        while len(times) < _REPEATS or sum(times) < min_s:
             # Another prompt each time, so that no engine has it in its prompt cache.
+            turn = len(times) % prompt_tokens
+            turned = [*prompt[turn:], *prompt[:turn]]
             before = opened.stats[spent]
-            opened.generate([[*prompt[turn:], *prompt[:turn]]], sampling)
+            opened.generate([turned], sampling)
             times.append(opened.stats[spent] - before)
 
         peak = int(opened.stats["peak_rss_bytes"])
@@ -56,6 +66,7 @@ def compare_speed(file: Path, other: Path, engine: str, threads: int) -> float:
     ratios = []
     for _ in range(_ROUNDS):
         # In turn, so that a busy minute slows both.
-        own = measure_file(file, threads, engine)
-        ratios.append(measure_file(other, threads, engine).token_s / own.token_s)
+        own = measure_file(file, threads, engine, min_s=_MIN_ROUND_S)
+        others = measure_file(other, threads, engine, min_s=_MIN_ROUND_S)
+        ratios.append(others.token_s / own.token_s)
     return median(ratios)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from racdeploy.engines import decoding_speed
 from racdeploy.engines.decoding_speed import DecodeSample, measure_file
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workspace import Workspace
@@ -87,6 +91,31 @@ def test_a_synthetic_model_is_decoded_by_the_engine(tmp_path: Path) -> None:
     sample = measure_file(file, 1)
     assert sample.token_s > 0
     assert sample.peak_rss_bytes > file.stat().st_size
+
+
+def test_a_tiny_file_is_decoded_for_long_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its few milliseconds of noise would decide which of two files is the slower one."""
+    decoded = []
+
+    class _Engine(AbstractContextManager[Any]):
+        def __init__(self) -> None:
+            self.stats = {"decode_s": 0.0, "peak_rss_bytes": 1.0}
+
+        def generate(self, prompts: list[list[int]], _: object) -> None:
+            decoded.append(prompts[0])
+            self.stats["decode_s"] += 0.01
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+    monkeypatch.setattr(decoding_speed, "open_engine", lambda *_: _Engine())
+    measure_file(tmp_path, 2)
+    assert len(decoded) == 1 + 3
+    measure_file(tmp_path, 2, min_s=0.2)
+    assert 20 <= len(decoded) - (1 + 3) - 1 <= 21
+    assert all(a != b for a, b in itertools.pairwise(decoded))
 
 
 def test_nothing_is_measured_to_look_up_a_device(tmp_path: Path) -> None:
