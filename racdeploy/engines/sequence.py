@@ -229,7 +229,10 @@ def sample_token(
     top_k: int = 0,
     min_p: float = 0.0,
 ) -> int:
-    """Return the next token: the first largest logit at temperature 0, else sampled in float64.
+    """Return the next token: the first largest logit at temperature 0, else a sampled one.
+
+    Weights are float32, as the logits are, and sums float64: with a large vocabulary exponentials
+    in float64 took 40 % of a decoding step.
 
     Args:
         top_p: smallest probability mass to sample from, in (0, 1], after both other limits.
@@ -248,8 +251,7 @@ def sample_token(
     if temperature == 0.0:
         return best
 
-    scaled_V = (logits_V.astype(np.float64) - float(logits_V[best])) / temperature
-    weight_V = np.exp(scaled_V)
+    weight_V = np.exp((logits_V - logits_V[best]) / np.float32(temperature))
     weight_V[weight_V < min_p] = 0.0
     if 0 < top_k < weight_V.size:
         weight_V[weight_V < np.partition(weight_V, -top_k)[-top_k]] = 0.0
@@ -260,20 +262,21 @@ def sample_token(
 
     # Sorting the whole vocabulary is slow. Likely tokens alone give the same nucleus if they hold
     # its mass; else all are sorted.
-    wanted = top_p * weight_V.sum()
+    wanted = top_p * weight_V.sum(dtype=np.float64)
     likely = np.flatnonzero(weight_V > _MIN_WEIGHT)
-    if weight_V[likely].sum() < wanted:
+    if weight_V[likely].sum(dtype=np.float64) < wanted:
         likely = np.arange(weight_V.size)
 
     order = likely[np.argsort(-weight_V[likely], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(weight_V[order]), wanted)) + 1
+    cumulative = np.cumsum(weight_V[order], dtype=np.float64)
+    count = int(np.searchsorted(cumulative, wanted)) + 1
     nucleus = order[:count]
     return _sample(nucleus, weight_V[nucleus], uniform)
 
 
-def _sample(ids: NDArray[np.int64], weights: NDArray[np.float64], uniform: float) -> int:
+def _sample(ids: NDArray[np.int64], weights: NDArray[np.float32], uniform: float) -> int:
     """Return the id at ``uniform``, in [0, 1), of the cumulative weight."""
-    cumulative = np.cumsum(weights)
+    cumulative = np.cumsum(weights, dtype=np.float64)
     index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     return int(ids[min(index, ids.size - 1)])
 
