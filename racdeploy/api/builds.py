@@ -121,10 +121,9 @@ def _join_build(job: Job, options: TraceOptions, progress: Progress | None) -> I
 def open_search(options: TuneOptions, progress: Progress | None = None) -> Iterator[Search]:
     """Yield a search with its plan: all candidates and their predicted sizes."""
     from racdeploy.files.stages import scratch_folder
-    from racdeploy.pipeline.job import fit_context
     from racdeploy.tuning.search import Search
 
-    job = fit_context(open_job(options, options.tier))
+    job = open_job(options, options.tier)
     work = options.work or default_work_folder()
     with scratch_folder(work, 0) as scratch:
         search = Search(job, work, scratch, options.threads, progress=progress)

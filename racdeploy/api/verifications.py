@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from racdeploy.verification.examiner import Examiner
     from racdeploy.verification.gate import Gate, Tier
 
+_PROMPT_TOKENS = 1023  # room for a prompt, beside an answer
 _VERDICTS = ("pass", "inconclusive", "fail")
 
 
@@ -202,8 +203,6 @@ def _choose_settings(options: AnswerOptions, models: Sequence[DeployedModel]) ->
     from racdeploy.files.toml import validate
     from racdeploy.recipe import Verification
 
-    default_context = Verification.model_fields["context_tokens"].default
-    limits = [model.context_limit for model in models]
     temperature = options.temperature
     if temperature is None and (options.samples or 1) > 1:
         temperature = models[0].settings.generation.temperature
@@ -219,8 +218,9 @@ def _choose_settings(options: AnswerOptions, models: Sequence[DeployedModel]) ->
         "seed": options.seed,
     }
     given = {name: value for name, value in values.items() if value is not None}
-    given.setdefault("context_tokens", min(default_context, *limits))
-    return validate(Verification, given, "the options")
+    settings = validate(Verification, given, "the options")
+    positions = min(model.context_limit for model in models)
+    return settings.with_limits(prompt_tokens=_PROMPT_TOKENS, positions=positions)
 
 
 def _apply_tier(settings: Verification, options: CompareOptions, gate: Gate) -> Verification:

@@ -23,7 +23,7 @@ from racdeploy.pipeline.evaluation import BEFORE_RECOVERY, Evaluation, ExportedA
 from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.forecast import estimate_seconds
 from racdeploy.pipeline.gates import GateResult, check_artifact
-from racdeploy.pipeline.job import Job, fit_context
+from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import list_metadata, name_artifact, name_model
 from racdeploy.pipeline.phase_training import PhaseTrainer, TrainingRequest
 from racdeploy.pipeline.preflight import check_build
@@ -67,8 +67,8 @@ class Build:
     processes: ProcessGroup = SINGLE_PROCESS
 
     def __post_init__(self) -> None:
-        """Fit the cut and the context: every stage and name depends on them."""
-        object.__setattr__(self, "job", fit_context(fit_structure(self.job)))
+        """Fit the cut: every stage and name depends on it."""
+        object.__setattr__(self, "job", fit_structure(self.job))
 
     def run(
         self, out: Path | None = None, extra_rivals: Sequence[ExportedArm] = ()
@@ -98,6 +98,8 @@ class Build:
             return shorter.make(extra_rivals)
         self.plan_recovery()
         trace_folder, traces = self.traces()
+        if (informed := self.with_answer_limit()) is not self:
+            return informed.make(extra_rivals)
         job = self.job
         # One model for each artifact, since the codes of two number formats differ; one cut of all.
         builds = [self]
@@ -141,15 +143,18 @@ class Build:
         return self._export_artifact(self.prune()).result
 
     def _note_traces(self) -> list[str]:
-        """Return notes on the engine that answered here; none on a server."""
-        if self.job.recipe.traces.server:
-            return []
-        return self.trace_engine.list_notes(self.job.checkpoint)
+        """Return notes on the length of answers, and on the engine that answered here."""
+        notes = []
+        if limit := self.trace_stage.find_limit():
+            notes.append(limit.describe())
+        if not self.job.recipe.traces.server:
+            notes += self.trace_engine.list_notes(self.job.checkpoint)
+        return notes
 
     def _describe_traces(self, traces: Sequence[Trace]) -> Json:
         """Return counts of the traces, and what has made them, for the manifest."""
         job = self.job
-        sampling = job.recipe.traces.identity
+        sampling = job.recipe.traces.identity | {"max_new_tokens": job.trace_limit}
         counts = summarize_traces(traces, job.checkpoint, job.encoder, sampling)
         if not job.recipe.traces.server:
             counts |= self.trace_engine.describe(job.checkpoint)
@@ -208,6 +213,13 @@ class Build:
         self._check_trace_memory()
         return self.trace_stage.run()
 
+    def with_answer_limit(self) -> Build:
+        """Return the build with the limit of answers that its traces have found; itself if none."""
+        found = self.trace_stage.find_limit()
+        if found is None or found.tokens == self.job.answer_limit:
+            return self
+        return replace(self, job=replace(self.job, answer_limit=found.tokens))
+
     def shorten(self) -> Build:
         """Return the build of the dense model that has learned to think less; itself if it has."""
         job = self.job
@@ -216,10 +228,12 @@ class Build:
             return self
         self.plan_recovery()  # is there enough memory?
 
-        def sample(folder: Path | None, prompts: int) -> list[Trace]:
-            return self.trace_stage.run(folder, prompts, settings.samples)[1]
-
         prompts = len(job.problems("calibration"))
+
+        def sample(folder: Path | None, asked: int) -> list[Trace]:
+            _, answers = self._collect_traces(folder, asked, settings.samples)
+            return answers
+
         stage = ShortenStage(
             self.recover_stage.trainer, job.encoder, prompts, f"{job.model.name}-shortened"
         )
@@ -266,7 +280,7 @@ class Build:
         if not (settings.tokens or settings.shorten):
             return None
 
-        longest = max(job.count_prompt_tokens("calibration")) + job.recipe.traces.max_new_tokens
+        longest = max(job.count_prompt_tokens("calibration")) + job.trace_limit
         if not settings.tokens:  # the whole model learns to think less
             whole = settings.model_copy(update={"methods": settings.methods or ("full",)})
             stage = replace(stage, settings=whole)
@@ -302,7 +316,15 @@ class Build:
         """Recover a pruned model, then choose its codes if the recipe asks for it."""
         stage = self.prune_stage
         choose_codes = stage.choose_codes if stage.quants else None
-        return self.recover_stage.run(model, name, self.trace_stage.run, choose_codes)
+        return self.recover_stage.run(model, name, self._collect_traces, choose_codes)
+
+    def _collect_traces(
+        self, folder: Path | None, max_prompts: int, samples: int = 1
+    ) -> tuple[Path, list[Trace]]:
+        """Return traces of the dense model, or of a folder's model with the dense model's limit."""
+        stage = self.trace_stage
+        limit = stage.find_limit(samples=samples) if folder else None
+        return stage.run(folder, max_prompts, samples, limit.tokens if limit else 0)
 
     def export(
         self,
@@ -401,7 +423,7 @@ class Build:
         checkpoint = job.checkpoint
 
         prompts = job.count_prompt_tokens("calibration")
-        longest = [prompt + settings.traces.max_new_tokens for prompt in prompts]
+        longest = [prompt + job.trace_limit for prompt in prompts]
 
         # Known traces give the tokens; before that, the plan has only an upper bound of them.
         traces = self.known_traces
@@ -440,7 +462,7 @@ class Build:
     def _plan_trace_memory(self) -> TraceMemory:
         job = self.job
         longest = max(job.count_prompt_tokens("calibration"))
-        context_tokens = longest + job.recipe.traces.max_new_tokens + 1
+        context_tokens = longest + job.trace_limit + 1
         from_file = not self.trace_engine.obstacle
         return TraceMemory(job.checkpoint, longest, context_tokens, from_file)
 
@@ -476,6 +498,7 @@ class Build:
     @property
     def trace_stage(self) -> TraceStage:
         job, settings = self.job, self.job.recipe.traces
+        calibration = job.recipe.calibration
         if job.shortened and job.shortened.folder:  # a server has the model as it was
             settings = settings.model_copy(update={"server": ""})
         return TraceStage(
@@ -487,6 +510,9 @@ class Build:
             settings=settings,
             file_engine=self.trace_engine,
             fit_sequences=self._fit_sequences,
+            context_limit=job.context_limit,
+            may_never_end=bool(calibration.keep_truncated),
+            enough_tokens=0 if job.recipe.recover.tokens else calibration.tokens_to_collect,
         )
 
     @cached_property

@@ -229,7 +229,7 @@ def _make_manifest(folder: Path, contents: BundleContents) -> manifests.Manifest
             model_type=checkpoint.config["model_type"],
             files={file.name: file_sha256(file) for file in Checkpoint(model.folder).files()},
         ),
-        recipe=recipe.model_dump(mode="json"),
+        recipe=job.resolved_recipe.model_dump(mode="json"),
         traces=dict(contents.traces),
         pruning=manifests.PruningEntry(
             method=name_method(recipe),
@@ -260,15 +260,15 @@ def _advise_generation(job: Job, control: ShippedControl) -> manifests.Generatio
 
     # A context with room for long thinking, within the limits of model and target.
     limit = min(checkpoint.shape.max_positions, Target.read(recipe.target).context_tokens)
-    context_tokens = max(recipe.verify.context_tokens, min(limit, _THINKING_CONTEXT_TOKENS))
+    context_tokens = max(job.verification.context_tokens, min(limit, _THINKING_CONTEXT_TOKENS))
 
     return manifests.GenerationSettings(
         temperature=float(generation.get("temperature", recipe.traces.temperature)),
         top_p=float(generation.get("top_p", recipe.traces.top_p)),
-        max_new_tokens=recipe.verify.max_new_tokens,
+        max_new_tokens=job.verification.max_new_tokens,
         max_thinking_tokens=control.max_tokens,
         thinking=control.settings,
-        context_tokens=recipe.verify.context_tokens,
+        context_tokens=job.verification.context_tokens,
         model_context_tokens=checkpoint.shape.max_positions,
         advised_context_tokens=context_tokens,
     )

@@ -121,10 +121,11 @@ class DivergenceMeter:
 
     @cached_property
     def _traces(self) -> Sequence[Trace]:
-        """Held-out traces."""
+        """Traces that nothing is fitted to: held-out ones, and those over the token budget."""
         _, traces = self.build.traces()
-        held_out = self.build.prune_stage.choose_traces(traces).held_out
-        return (held_out or traces)[:_MAX_TRACES]
+        chosen = self.build.prune_stage.choose_traces(traces)
+        unseen = [*chosen.held_out, *chosen.unused]
+        return (unseen or traces)[:_MAX_TRACES]
 
     @cached_property
     def _trace_ids(self) -> list[TraceIds]:

@@ -78,7 +78,7 @@ class Evaluation:
     def examiner(self) -> Examiner:
         """Asks the prompts of the evaluation; finished answers are reused."""
         job = self.job
-        settings = job.recipe.verify
+        settings = job.verification
         # If speed or memory have a limit, both arms must be measured in one run.
         limits = [job.gate.limits(check.Limits).ratio for check in (speed, memory)]
         return Examiner(
@@ -204,7 +204,7 @@ class Evaluation:
             [*self.job.input_notes, *built, *note_control(self.control), *cut, *notes, *missing],
             model=recipe.model,
             target=recipe.target,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=self.job.resolved_recipe.model_dump(mode="json"),
             linears=model.linears,
             blocks=model.blocks,
             structure=model.structure,

@@ -45,7 +45,7 @@ def estimate_seconds(
     pace = _Pace.measure(job.checkpoint, threads)
 
     lengths = [len(trace.completion_ids) for trace in traces]
-    mean_length = fmean(lengths or [_EXPECTED_SHARE * recipe.traces.max_new_tokens])
+    mean_length = fmean(lengths or [_EXPECTED_SHARE * job.trace_limit])
 
     def sampling_s(prompts: int) -> float:
         # Under torch, which reads the weights in float32.
@@ -74,7 +74,7 @@ def estimate_seconds(
     if plan.artifact:
         answers_s = pace.answers_s(
             len(job.problems("evaluation")) * recipe.verify.samples,
-            min(mean_length, recipe.verify.max_new_tokens),
+            min(mean_length, job.verification.max_new_tokens),
             recipe.verify.parallel,
             read_bytes=plan.artifact.artifact_bytes,
         )

@@ -16,13 +16,16 @@ from racdeploy.models.families import generalize_expert
 from racdeploy.models.renumbering import OldIds, read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve_model
 from racdeploy.pipeline.shorten_stage import ShortenedModel
+from racdeploy.pipeline.trace_memory import TraceMemory
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.plugins import Names
 from racdeploy.pruning.structure.layout import find_consumer
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Structure, Verification
+from racdeploy.recipe.traces import FIRST_LIMIT
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tag_names, find_tags
+from racdeploy.targets import Target
 from racdeploy.tasks import Problem, Split, TaskSet
 from racdeploy.verification.gate import Gate, read_gate
 
@@ -36,6 +39,7 @@ class Job:
         resolved: the dense model, if it was found before.
         notes: sentences on differences from the proposal of the target.
         shortened: the dense model that has learned to think less, which is then the one to prune.
+        answer_limit: tokens of an answer, that the first answers have shown; 0 before that.
     """
 
     recipe: Recipe
@@ -43,6 +47,7 @@ class Job:
     resolved: ResolvedModel | None = None
     notes: tuple[str, ...] = ()
     shortened: ShortenedModel | None = None
+    answer_limit: int = 0
 
     @classmethod
     def at_tier(cls, recipe: Recipe, tier: str, prompts: int = 0) -> Job:
@@ -133,7 +138,25 @@ class Job:
                 "are tokens: if the model does not think by itself, its thinking will be empty"
             )
         rounded = self._rounding[1]
-        return (*self.notes, *self.checkpoint.notes, *self.tasks.notes, *missing_tags, *rounded)
+        return (
+            *self.notes,
+            *self._note_context(),
+            *self.checkpoint.notes,
+            *self.tasks.notes,
+            *missing_tags,
+            *rounded,
+        )
+
+    def _note_context(self) -> list[str]:
+        """Return a note where the model's context bounds that of the verification.
+
+        A longer context in the recipe is refused by the checks before a build.
+        """
+        settings = self.recipe.verify
+        positions = self.checkpoint.shape.max_positions
+        if settings.context_tokens or settings.with_limits().context_tokens <= positions:
+            return []
+        return [f"the model was made for {positions:,} tokens, so it is verified with this context"]
 
     @cached_property
     def tasks(self) -> TaskSet:
@@ -143,19 +166,58 @@ class Job:
     def predict_truncation(self, split: Split) -> list[str]:
         """Return a sentence for each task whose usual thinking is longer than its token limit."""
         verify = self.recipe.verify
-        budgets = {
-            "verify.max_new_tokens": verify.max_new_tokens,
-            "verify.context_tokens": verify.context_tokens,
-            "verify.max_thinking_tokens": verify.max_thinking_tokens or verify.context_tokens,
-        }
+        names = ("max_new_tokens", "context_tokens", "max_thinking_tokens")
+        limits = {f"verify.{name}": getattr(verify, name) for name in names}
         tasks = self.tasks.evaluation
         if split == "calibration":
-            budgets = {"traces.max_new_tokens": self.recipe.traces.max_new_tokens}
+            limits = {"traces.max_new_tokens": self.recipe.traces.max_new_tokens}
             tasks = self.tasks.calibration
 
-        key = min(budgets, key=lambda name: budgets[name])
+        # A limit that is not set, 0, follows the first answers.
+        budgets = {name: limit for name, limit in limits.items() if limit}
+        if not budgets:
+            return []
+        key = min(budgets, key=budgets.__getitem__)
         cuts = filter(None, (task.predict_truncation(budgets[key]) for task in tasks.values()))
         return [f"{cut}: raise {key}" for cut in cuts]
+
+    @property
+    def trace_limit(self) -> int:
+        """Maximum tokens of a trace: the recipe's, or what is known so far."""
+        return self.recipe.traces.max_new_tokens or self.answer_limit or FIRST_LIMIT
+
+    @cached_property
+    def verification(self) -> Verification:
+        """Settings of the verification, with limits that follow those of the traces.
+
+        Where a longer context than usual was not asked for, fewer sequences are decoded together,
+        so that they fit the memory that traces may take.
+        """
+        settings = self.recipe.verify
+        if settings.max_new_tokens and settings.context_tokens:
+            return settings
+
+        positions = self.checkpoint.shape.max_positions
+        usual = settings.with_limits(positions=positions)
+        longest = max(self.count_prompt_tokens("evaluation"))
+        fitted = settings.with_limits(self.trace_limit, longest, positions)
+        if settings.context_tokens or fitted.context_tokens <= usual.context_tokens:
+            return fitted
+
+        memory = TraceMemory(self.checkpoint, longest, fitted.context_tokens, from_file=True)
+        together = memory.fit_usual_sequences(fitted.parallel)
+        return fitted.model_copy(update={"parallel": together})
+
+    @property
+    def resolved_recipe(self) -> Recipe:
+        """The recipe with the limits of the verification, for the report and the bundle."""
+        return self.recipe.model_copy(update={"verify": self.verification})
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of the longest sequence that model and target have room for."""
+        target = Target.read(self.recipe.target)
+        return min(self.checkpoint.shape.max_positions, target.context_tokens)
 
     def problems(self, split: Split) -> list[Problem]:
         """Return the problems of a split: as many as the recipe asks for, or as a file has."""
@@ -306,20 +368,3 @@ def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.QuantRules
     row_length = checkpoint.entries[weight].shape[-1]
     requested = [rules.choose(name, blocks, tied).quant for name in stored]
     return tuple(rules.fit_rows(name, row_length)[0] for name in requested)
-
-
-def fit_context(job: Job) -> Job:
-    """Return the job with a context within its model's, if the recipe has the default.
-
-    A note reports it. A longer context in the recipe is refused by the checks before a build.
-    """
-    settings = job.recipe.verify
-    positions = job.checkpoint.shape.max_positions
-    default = Verification.model_fields["context_tokens"].default
-    if settings.context_tokens != default or default <= positions:
-        return job
-
-    fitted = settings.model_copy(update={"context_tokens": positions})
-    recipe = job.recipe.model_copy(update={"verify": fitted})
-    note = f"the model was made for {positions:,} tokens, so it is verified with this context"
-    return job.with_recipe(recipe, (*job.notes, note))

@@ -84,7 +84,7 @@ def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> 
         require_space(parent, size_bytes, "name folders of another disk with --out and --work")
 
     prompts = len(job.problems("evaluation"))
-    power = plan_power(job.recipe.verify, job.gate, Expectation(), prompts)
+    power = plan_power(job.verification, job.gate, Expectation(), prompts)
     return Plan(artifact=plans[0], power=power)
 
 
@@ -140,7 +140,7 @@ def _check_count(job: Job, split: Split, option: str, settings: Verification | T
 
 def plan_artifact(job: Job) -> ArtifactPlan:
     """Return what a build makes, and its models, tokens and bytes."""
-    recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
+    recipe, checkpoint, settings = job.recipe, job.checkpoint, job.verification
     parameters = checkpoint.parameters
 
     expected = expect_structure(checkpoint, job.structure)
@@ -171,7 +171,7 @@ def plan_artifact(job: Job) -> ArtifactPlan:
         thinks=job.tags is not None,
         traces_from=recipe.traces.server or "transformers",
         trace_prompts=trace_prompts,
-        trace_tokens_at_most=trace_prompts * recipe.traces.max_new_tokens,
+        trace_tokens_at_most=trace_prompts * job.trace_limit,
         evaluation_models=models,
         evaluation_tokens_at_most=models * prompts * settings.samples * settings.max_new_tokens,
         artifact_bytes=_expect_bytes(job, expected.sizes),
@@ -204,7 +204,7 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def _check_context(job: Job) -> None:
-    settings = job.recipe.verify
+    settings = job.verification
     longest = max(job.count_prompt_tokens("evaluation"))
 
     positions = job.checkpoint.shape.max_positions

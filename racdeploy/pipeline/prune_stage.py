@@ -52,10 +52,15 @@ class PruneRequest:
 
 @dataclass(frozen=True)
 class PruningTraces:
-    """Traces that decide the pruning, traces that measure its error, and counts of both."""
+    """Traces that decide the pruning, traces that measure its error, and counts of both.
+
+    Args:
+        unused: further traces, over the token budget.
+    """
 
     fitted: list[Trace]
     held_out: list[Trace]
+    unused: list[Trace]
     counts: CalibrationCounts
 
 
@@ -205,7 +210,7 @@ class PruneStage:
             left_out=selection.excluded,
         )
 
-        return PruningTraces(chosen, selection.held_out, counts)
+        return PruningTraces(chosen, selection.held_out, selection.unused, counts)
 
     def run_as_follower(self, request: PruneRequest) -> None:
         """Do the share of a process other than the first one."""

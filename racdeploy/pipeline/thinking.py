@@ -73,7 +73,7 @@ def read_control(job: Job, encoder: PromptEncoder) -> ShippedControl:
         UsageError: the model has no thinking tags, or the closing text does not fit them.
     """
     thinking = job.recipe.runtime.thinking
-    budget = thinking.max_tokens or job.recipe.verify.max_thinking_tokens or None
+    budget = thinking.max_tokens or job.verification.max_thinking_tokens or None
     penalty = thinking.hesitation_penalty
     if not (thinking.max_tokens or thinking.closing or penalty):
         return ShippedControl(budget)

@@ -42,11 +42,20 @@ class TraceMemory:
 
     def fit_sequences(self, most: int) -> int:
         """Return the largest number of sequences that fits, at least 1 and at most ``most``."""
-        limit = _BASE_BYTES + _BYTES_PER_PARAMETER * self.checkpoint.parameters
         free = free_bytes()
-        if free is not None:
-            limit = min(limit, round(MAX_FREE_SHARE * free))
+        if free is None:
+            return self.fit_usual_sequences(most)
+        return self._fit(most, min(self._usual_bytes, round(MAX_FREE_SHARE * free)))
 
+    def fit_usual_sequences(self, most: int) -> int:
+        """Return how many sequences fit whatever is free now: the same number in every run."""
+        return self._fit(most, self._usual_bytes)
+
+    @property
+    def _usual_bytes(self) -> int:
+        return _BASE_BYTES + _BYTES_PER_PARAMETER * self.checkpoint.parameters
+
+    def _fit(self, most: int, limit: int) -> int:
         fitting = 1
         while fitting < most and self.estimate_bytes(fitting + 1) <= limit:
             fitting += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -17,24 +17,27 @@ from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import read_json
 from racdeploy.files.stages import Inputs, Stage
 from racdeploy.files.writing import write_atomic
+from racdeploy.manifest import MAX_TOKENS
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
 from racdeploy.recipe import Traces
+from racdeploy.recipe.traces import FIRST_LIMIT
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags
 from racdeploy.tasks import TaskSet
 from racdeploy.traces import server
+from racdeploy.traces.answer_limit import AnswerLimit, check_ends
 from racdeploy.traces.collect import (
+    LIMIT_FILE,
     CompletionSource,
     ShardRequest,
-    collect_traces,
+    TraceCollection,
     summarize_traces,
 )
-from racdeploy.traces.trace import Trace, TraceSet
+from racdeploy.traces.trace import Trace, TraceSet, count_tokens
 
 _UNFINISHED = "growing-"  # prefix of token logs of shards that are being answered
-_TOGETHER = "together.json"  # number of sequences that a file's engine decodes together
-
+_LEAST_TRACES = 32  # some of them are held out, and each is a sample of one
 
 _OpenEngine = Callable[[Path, EngineSettings], Engine]
 
@@ -97,8 +100,13 @@ class TraceRequest:
 class TraceStage:
     """The stage that collects traces of the dense model, or of a sparse one in recovery.
 
-    ``file_engine`` answers where it can; None for checkpoints under transformers. Without
-    ``fit_sequences`` a whole shard is decoded together.
+    Args:
+        file_engine: answers where it can; None for checkpoints under transformers.
+        fit_sequences: None decodes a whole shard together.
+        context_limit: tokens that model and target have room for. Where the recipe sets no limit,
+            answers may be as long as they need.
+        may_never_end: accept a dense model none of whose answers ends.
+        enough_tokens: of the dense model's traces; further prompts are not asked. 0 asks all.
     """
 
     workspace: Workspace
@@ -109,8 +117,13 @@ class TraceStage:
     settings: Traces
     file_engine: FileEngine | None = None
     fit_sequences: FitSequences | None = None
+    context_limit: int = MAX_TOKENS
+    may_never_end: bool = False
+    enough_tokens: int = 0
 
-    def inputs(self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1) -> Inputs:
+    def inputs(
+        self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1, limit: int = 0
+    ) -> Inputs:
         """Return the inputs of a model's traces; torch is one only if it generates them."""
         engine = self._find_engine(checkpoint)
         needs_torch = not (self._is_served(checkpoint) or engine)
@@ -120,11 +133,13 @@ class TraceStage:
             "traces": self.settings.identity,
             **({"first": max_prompts} if max_prompts else {}),
             **({"samples": samples} if samples > 1 else {}),
+            **({"limit": limit} if limit else {}),
+            **({"enough": self.enough_tokens} if self._may_end_early(max_prompts, samples) else {}),
             **({"engine": dict(engine.identity)} if engine else {}),
         }
 
     def run(
-        self, sparse: Path | None = None, max_prompts: int = 0, samples: int = 1
+        self, sparse: Path | None = None, max_prompts: int = 0, samples: int = 1, limit: int = 0
     ) -> tuple[Path, list[Trace]]:
         """Return the stage folder and the traces of a model.
 
@@ -132,13 +147,15 @@ class TraceStage:
             sparse: folder of a sparse model; None for the dense one.
             max_prompts: number of prompts to answer, the first ones; 0 for all.
             samples: answers to each prompt, one after the other.
+            limit: tokens of an answer, as the dense model has; 0 finds it, if the recipe sets none.
         """
         checkpoint = Checkpoint(sparse) if sparse else self.dense
-        expected = self.inputs(checkpoint, max_prompts, samples)
+        limit = self.settings.max_new_tokens or limit
+        expected = self.inputs(checkpoint, max_prompts, samples, limit)
         if not Stage.locate(self.workspace.work, "traces", expected).is_finished:
             self._export(checkpoint)  # whether the file can answer is an input
 
-        stage = self.workspace.open("traces", self.inputs(checkpoint, max_prompts, samples))
+        stage = self.workspace.open("traces", self.inputs(checkpoint, max_prompts, samples, limit))
         out = TraceSet(stage.folder)
 
         if stage.is_finished:
@@ -162,22 +179,74 @@ class TraceStage:
         completion_progress = CompletionProgress(self.workspace.progress, "traces", len(problems))
         completion_progress.set_saved(out.count())
 
-        with self._open_source(longest, stage.folder, checkpoint, completion_progress) as source:
-            traces = collect_traces(
-                source,
-                self.encoder,
-                self.tags,
-                eos_ids,
-                problems=problems,
-                settings=settings,
-                out=out,
-                completion_progress=completion_progress,
-            )
+        collection = TraceCollection(
+            encoder=self.encoder,
+            tags=self.tags,
+            stop_ids=eos_ids,
+            problems=problems,
+            settings=settings,
+            out=out,
+            completion_progress=completion_progress,
+        )
+        if self._may_end_early(max_prompts, samples):
+            collection = replace(collection, is_enough=self._is_enough)
+        if limit:
+            with self._open_source(
+                collection, checkpoint, prompt_tokens=longest, answer_tokens=limit
+            ) as source:
+                traces = collection.collect(source, limit)
+        else:
+            traces = self._probe_and_collect(collection, checkpoint, longest)
 
         _remove_finished_logs(stage.folder)
         counts = summarize_traces(traces, checkpoint, self.encoder, settings.identity)
+        if found := read_limit(stage.folder):
+            counts["limit"] = asdict(found)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
+
+    def find_limit(self, samples: int = 1) -> AnswerLimit | None:
+        """Return the limit that the dense model's traces have found; None before that."""
+        inputs = self.inputs(self.dense, samples=samples)
+        return read_limit(Stage.locate(self.workspace.work, "traces", inputs).folder)
+
+    def _probe_and_collect(
+        self, collection: TraceCollection, checkpoint: Checkpoint, longest: int
+    ) -> list[Trace]:
+        """Answer the first prompts to find how long answers are, then the others.
+
+        The engine is opened again for longer answers, with a context that holds them.
+
+        Args:
+            longest: tokens of the longest prompt.
+        """
+        most = max(self.context_limit - longest - 1, 1)
+        tokens = min(FIRST_LIMIT, most)
+        found = read_limit(collection.out.folder)
+        while True:
+            if found:
+                tokens = found.tokens
+            with self._open_source(
+                collection, checkpoint, prompt_tokens=longest, answer_tokens=tokens
+            ) as source:
+                found = found or collection.probe(source, tokens, most)
+                if found and not self.may_never_end:
+                    check_ends(found)
+                if found and found.tokens <= tokens:
+                    return collection.collect(source, found.tokens)
+            tokens = min(2 * tokens, most)
+
+    def _may_end_early(self, max_prompts: int, samples: int) -> bool:
+        """Return whether the number of prompts depends on their tokens.
+
+        Models that are compared prompt by prompt answer the same ones.
+        """
+        return bool(self.enough_tokens) and not max_prompts and samples == 1
+
+    def _is_enough(self, traces: Sequence[Trace]) -> bool:
+        if len(traces) < _LEAST_TRACES:
+            return False
+        return count_tokens(traces) >= self.enough_tokens
 
     def run_as_follower(self, request: TraceRequest) -> None:
         """Answer this process's share; if a process lacks the model, the first one answers all."""
@@ -198,13 +267,16 @@ class TraceStage:
     @contextmanager
     def _open_source(
         self,
-        prompt_tokens: int,
-        folder: Path,
+        collection: TraceCollection,
         checkpoint: Checkpoint,
-        completion_progress: CompletionProgress,
+        *,
+        prompt_tokens: int,
+        answer_tokens: int,
     ) -> Iterator[CompletionSource]:
         """Yield the source of completions: the recipe's server, or the processes of this job."""
-        context_tokens = prompt_tokens + self.settings.max_new_tokens + 1
+        context_tokens = prompt_tokens + answer_tokens + 1
+        folder = collection.out.folder
+        completion_progress = collection.completion_progress
         if self._is_served(checkpoint):
             with server.open_server(
                 self.settings,
@@ -295,7 +367,7 @@ class TraceStage:
         if self.fit_sequences is None:
             return self.settings.batch_size
 
-        record = folder / _TOGETHER
+        record = folder / f"together-{context_tokens}.json"
         if not record.is_file():
             fitting = self.fit_sequences(checkpoint, prompt_tokens, context_tokens, from_file)
             write_atomic(record, f'{{"sequences": {fitting}}}\n')
@@ -316,7 +388,8 @@ def _answer_durably(
 ) -> list[Completion]:
     """Answer a shard; tokens are on disk within a second, so a killed run may resume there."""
     prompts, sampling = request
-    file = folder / f"{_UNFINISHED}{sampling.seed}.jsonl"  # each shard has a seed of its own
+    # Each shard has a seed of its own, and each part of it a limit.
+    file = folder / f"{_UNFINISHED}{sampling.seed}-{sampling.max_new_tokens}.jsonl"
     _remove_finished_logs(folder, file if resumes else None)
 
     with TokenLog(file, len(prompts)) as log:
@@ -325,7 +398,18 @@ def _answer_durably(
             log.append(index, ids)
             completion_progress.on_tokens(index, ids, ended)
 
-        return engine.generate(prompts, replace(sampling, resume_from=log.resume_from), on_tokens)
+        resume_from = log.resume_from
+        if sampling.resume_from and not any(resume_from):
+            resume_from = sampling.resume_from
+            for index, ids in enumerate(resume_from):
+                log.append(index, ids)
+        return engine.generate(prompts, replace(sampling, resume_from=resume_from), on_tokens)
+
+
+def read_limit(folder: Path) -> AnswerLimit | None:
+    """Return the limit that the first answers of a trace stage have shown; None before that."""
+    file = folder / LIMIT_FILE
+    return AnswerLimit(**read_json(file)) if file.is_file() else None
 
 
 def _remove_finished_logs(folder: Path, kept: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import urllib.parse
 from typing import Literal, Self
@@ -15,6 +16,8 @@ from racdeploy.recipe.section import MAX_PROMPTS, MAX_SECONDS, BatchSize, Sectio
 from racdeploy.recipe_settings import TraceSettings
 from racdeploy.results.schema import FiniteNonNegative
 
+FIRST_LIMIT = 1024
+"""Tokens of an answer, where no longer limit is known yet; a model that thinks longer shows it."""
 _SERVER_URL = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
@@ -24,7 +27,7 @@ class Traces(Section):
     count: int = Field(default=256, ge=1, le=MAX_PROMPTS)
     temperature: FiniteNonNegative = 0.6
     top_p: float = Field(default=0.95, gt=0, le=1)
-    max_new_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
+    max_new_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)  # 0: as the first answers show
     batch_size: BatchSize = 16  # one shard on disk each, which a killed run loses
     seed: NonNegativeInt = 0
     engine: Literal["auto", "llamacpp", "transformers"] = "auto"
@@ -91,5 +94,10 @@ class Calibration(Section):
     source: Literal["rac", "prompt"] = "rac"
     max_tokens: NonNegativeInt = 0
     only_correct: bool = False
-    keep_truncated: bool = False
+    keep_truncated: bool | None = None  # those that do not repeat themselves
     held_out_share: float = Field(default=0.125, ge=0, le=0.5)
+
+    @property
+    def tokens_to_collect(self) -> int:
+        """Tokens of traces that are enough to calibrate on, held-out ones included; 0 is all."""
+        return math.ceil(self.max_tokens / (1 - self.held_out_share))

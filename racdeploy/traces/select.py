@@ -12,10 +12,15 @@ from racdeploy.traces.trace import Trace
 
 @dataclass(frozen=True)
 class TraceSelection:
-    """Traces by purpose, and the number of others by reason for leaving them out."""
+    """Traces by purpose, and the number of others by reason for leaving them out.
+
+    Args:
+        unused: those over the token budget, that nothing was fitted to.
+    """
 
     calibration: list[Trace]
     held_out: list[Trace]
+    unused: list[Trace]
     excluded: dict[str, int]
 
 
@@ -25,12 +30,14 @@ def select_traces(traces: Sequence[Trace], settings: Calibration) -> TraceSelect
     Raises:
         UsageError: no trace is left to calibrate.
     """
-    reasons = {"truncated": 0, "wrong answer": 0, "over the token budget": 0}
+    reasons = {"truncated": 0, "repeating": 0, "wrong answer": 0, "over the token budget": 0}
 
     wanted = []
     for trace in traces:
-        if trace.truncated and not settings.keep_truncated:
+        if trace.truncated and settings.keep_truncated is False:
             reasons["truncated"] += 1
+        elif settings.keep_truncated is None and trace.repeats:
+            reasons["repeating"] += 1
         elif settings.only_correct and not trace.correct:
             reasons["wrong answer"] += 1
         else:
@@ -52,7 +59,7 @@ def select_traces(traces: Sequence[Trace], settings: Calibration) -> TraceSelect
             remedy="raise traces.max_new_tokens, or set calibration.keep_truncated = true",
         )
 
-    return TraceSelection(calibration, held_out, excluded)
+    return TraceSelection(calibration, held_out, rest[len(calibration) :], excluded)
 
 
 def take_within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:

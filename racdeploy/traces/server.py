@@ -68,7 +68,8 @@ def open_server(
 
             log = CompletionLog(file)
             together = math.ceil(settings.server_concurrency / settings.batch_size)
-            yield CompletionSource(partial(_answer, engine, log, completion_progress), together)
+            answer = partial(_answer, engine, log, completion_progress)
+            yield CompletionSource(answer, together, resumes=False)
 
         file.unlink(missing_ok=True)
     except EngineError as error:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from racdeploy.engines.engine import Ids
 from racdeploy.files.json_lines import parse_json_lines
 from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
+from racdeploy.runtime.loops import measure_loop
 
 Segment = Literal["prompt", "thinking", "answer"]
 SEGMENTS: tuple[Segment, ...] = ("prompt", "thinking", "answer")
@@ -41,6 +42,11 @@ class Trace:
     @property
     def ids(self) -> Ids:
         return self.prompt_ids + self.completion_ids
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the completion was cut off while it repeats itself."""
+        return self.truncated and measure_loop(self.completion_ids) > 0
 
 
 def count_tokens(traces: Sequence[Trace]) -> int:

@@ -119,10 +119,10 @@ def estimate_min_seconds(
     """
     recipe = job.recipe
     checkpoint = job.checkpoint
-    tokens = _USUAL_SHARE * recipe.traces.max_new_tokens
+    tokens = _USUAL_SHARE * job.trace_limit
     if traces:
         tokens = sum(len(trace.completion_ids) for trace in traces) / len(traces)
-    tokens = min(tokens, recipe.verify.max_new_tokens)
+    tokens = min(tokens, job.verification.max_new_tokens)
     effort = _Effort(tokens, 2.0 * count_active_weights(checkpoint), _FLOPS * cores)
 
     # Collecting traces: answers decoded under torch, unless they exist or a server gives them.

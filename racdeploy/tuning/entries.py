@@ -63,7 +63,7 @@ class Entry:
             self.size.checkpoint.shape,
             file_bytes=self.size.plain_bytes,
             read_bytes=self.size.read_bytes,
-            context_tokens=self.spec.recipe.verify.context_tokens,
+            context_tokens=self.spec.job.verification.context_tokens,
             engine=self.spec.job.backend,
         )
 

@@ -375,7 +375,8 @@ class Search:
 
     def build(self, job: Job) -> Build:
         """Return the build of a job in the search's work folder."""
-        return Build(job, self.work, self.threads, self.report)
+        build = Build(job, self.work, self.threads, self.report)
+        return build.with_answer_limit()
 
     def report(self, label: str, done: int, total: int, tokens: int = 0) -> None:
         """Report the progress of a stage and of the budget."""
@@ -428,7 +429,7 @@ class Search:
         return self.limits.model_copy(update=unknown)
 
     def _opener(self, backend: str, model: Path) -> EngineFactory:
-        return make_opener(backend, model, self.job.recipe.verify.context_tokens, self.threads)
+        return make_opener(backend, model, self.job.verification.context_tokens, self.threads)
 
     @cached_property
     def _traces(self) -> list[Trace]:

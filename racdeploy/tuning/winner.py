@@ -109,7 +109,7 @@ def _time_alone(search: Search, entry: Entry) -> None:
     """Measure single-sequence decoding, if the device is this machine."""
     if search.target.device is None:
         assert entry.exported
-        prompt_tokens = min(_MAX_PROMPT_TOKENS, search.job.recipe.verify.context_tokens // 4)
+        prompt_tokens = min(_MAX_PROMPT_TOKENS, search.job.verification.context_tokens // 4)
         threads = search.threads or available_cores()
         entry.decode_sample = measure_file(
             entry.exported.path, threads, search.job.backend, prompt_tokens

@@ -140,7 +140,7 @@ def check_same_settings(reference: Reference, options: Mapping[str, Any], folder
     if not changed:
         return
 
-    defaults = Verification().model_dump() | {"prompts": None}
+    defaults = Verification().with_limits().model_dump() | {"prompts": None}
     command = ["racdeploy", "record", reference.name]
     for task in reference.tasks:
         command += ["--tasks", task]

@@ -13,7 +13,7 @@ import pytest
 from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.job import Job, fit_context
+from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.recipe import Recipe
 from tests.support.errors import raises
@@ -26,21 +26,42 @@ def _asking(**verify: int) -> Job:
 
 def test_a_verification_takes_no_more_context_than_the_model_has() -> None:
     """The default yields to a model that is made for less, and a note says so."""
-    job = fit_context(_asking())
-    assert job.recipe.verify.context_tokens == job.checkpoint.shape.max_positions == 1024
-    assert job.notes == (
-        "the model was made for 1,024 tokens, so it is verified with this context",
-    )
-    assert fit_context(_asking(context_tokens=512)).recipe.verify.context_tokens == 512
+    job = _asking()
+    assert job.verification.context_tokens == job.checkpoint.shape.max_positions == 1024
+    note = "the model was made for 1,024 tokens, so it is verified with this context"
+    assert note in job.input_notes
+    told = _asking(context_tokens=512)
+    assert told.verification.context_tokens == 512
+    assert note not in told.input_notes
+
+
+def test_the_verification_follows_the_traces(tmp_path: Path) -> None:
+    """Room for a prompt and an answer as long as a trace; fewer sequences at once, in that room."""
+    dense = shutil.copytree(Job(Recipe()).model.folder, tmp_path / "dense")
+    edit_json(dense / "config.json", max_position_embeddings=131_072)
+    job = Job(Recipe.combine(None, {"model": str(dense), "tasks": ["gcd"]}))
+    settings = job.verification
+    assert (settings.max_new_tokens, settings.context_tokens) == (1024, 2048)
+    assert settings.parallel == 16
+
+    longest = max(job.count_prompt_tokens("evaluation"))
+    long = replace(job, answer_limit=100_000).verification
+    assert (long.max_new_tokens, long.context_tokens) == (100_000, 100_001 + longest)
+    assert 1 <= long.parallel < 16
+
+    told = Job(Recipe.combine(None, {"verify": {"max_new_tokens": 3000}, "model": str(dense)}))
+    asked = replace(told, answer_limit=100_000).verification
+    assert asked.max_new_tokens == 3000
+    assert 3000 < asked.context_tokens < 4000
 
 
 def test_a_recipe_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     """Before any work, with the most that there is."""
-    job = fit_context(_asking(context_tokens=4096))
+    job = _asking(context_tokens=4096)
     named = ("4096", "tiny-reasoner", "--set verify.context_tokens=1024")
     with raises("context-beyond-model", *named):
         check_build(job, tmp_path / "bundle")
-    check_build(fit_context(_asking()), tmp_path / "bundle")
+    check_build(_asking(), tmp_path / "bundle")
 
 
 def _numbers(file: Path, lines: int) -> str:
@@ -54,12 +75,12 @@ def test_more_questions_than_there_are_cannot_be_asked(tmp_path: Path) -> None:
     tasks = [_numbers(tmp_path / "mine.jsonl", 30)]
     asked = {"tasks": tasks, "verify": {"count": 60}}
     with raises("too-few-questions", "--prompts asks 60", "120 different questions"):
-        check_build(fit_context(Job(Recipe.combine(None, asked))), tmp_path / "bundle")
+        check_build(Job(Recipe.combine(None, asked)), tmp_path / "bundle")
 
     traced = {"tasks": tasks, "traces": {"count": 300}}
     with raises("too-few-questions", "--trace-prompts asks 300"):
-        check_build(fit_context(Job(Recipe.combine(None, traced))), tmp_path / "bundle")
-    check_build(fit_context(Job(Recipe.combine(None, {"tasks": tasks}))), tmp_path / "bundle")
+        check_build(Job(Recipe.combine(None, traced)), tmp_path / "bundle")
+    check_build(Job(Recipe.combine(None, {"tasks": tasks})), tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("full", ["out", "work"])
@@ -75,7 +96,7 @@ def test_a_disk_that_is_too_small_is_known_from_the_plan(
         return shutil._ntuple_diskusage(0, 0, 10**5 if folder.name == full else 10**12)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    job = fit_context(_asking())
+    job = _asking()
     with raises("disk-full", str(folders[full]), "0.1 MB free"):
         check_build(job, folders["out"] / "a" / "bundle", folders["work"] / "b")
 
@@ -83,7 +104,7 @@ def test_a_disk_that_is_too_small_is_known_from_the_plan(
 def test_a_plan_has_room_and_answers_for_every_target() -> None:
     """A second target has a pruned model, an artifact and its copy of its own, and is asked too."""
     options = ({"tasks": ["gcd"], "also": also} for also in ((), ("onnx",)))
-    jobs = [fit_context(Job(Recipe.combine(None, each))) for each in options]
+    jobs = [Job(Recipe.combine(None, each)) for each in options]
     alone, both = (check_build(job).artifact for job in jobs)
     assert alone
     assert both
@@ -104,7 +125,7 @@ def test_card_modelfile_and_manifest_name_one_context(
     dense = Path(shutil.copytree(contents.model.folder, tmp_path / "dense"))
     edit_json(dense / "config.json", max_position_embeddings=positions)
     recipe = contents.job.recipe.model_copy(update={"model": str(dense), "target": target})
-    told = replace(contents, job=fit_context(Job(recipe)))
+    told = replace(contents, job=Job(recipe))
     bundling.write_bundle(tmp_path / "bundle", told)
 
     generation = Manifest.read(tmp_path / "bundle").generation

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from racdeploy.pipeline.job import Job, fit_context
+from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.recipe import Recipe
 from tests.support.errors import raises
@@ -20,6 +20,6 @@ def test_an_importance_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file({name: torch.ones(7)} | tokens, tmp_path / "other.safetensors")
 
     settings = {"quant": "q4_0", "importance": str(tmp_path / "other.safetensors")}
-    job = fit_context(Job(Recipe.combine(None, {"export": settings})))
+    job = Job(Recipe.combine(None, {"export": settings}))
     with raises("importance-of-other-model", "other.safetensors"):
         check_build(job, tmp_path / "bundle")

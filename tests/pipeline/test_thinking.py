@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from racdeploy.pipeline.job import Job, fit_context
+from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.thinking import (
     ShippedControl,
@@ -77,7 +77,7 @@ def test_what_contradicts_itself_is_refused(thinking: dict[str, Any], named: str
 
 def test_a_closing_text_with_a_tag_is_refused_before_any_work(tmp_path: Path) -> None:
     with raises("tag-in-closing-text", "</think>"):
-        check_build(fit_context(_job(max_tokens=8, closing="Now.</think>")), tmp_path / "b")
+        check_build(_job(max_tokens=8, closing="Now.</think>"), tmp_path / "b")
 
 
 def test_a_model_that_does_not_think_is_refused(tmp_path: Path) -> None:

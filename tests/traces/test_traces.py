@@ -16,7 +16,7 @@ from racdeploy.recipe import Calibration, Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
-from racdeploy.traces.collect import CompletionSource, collect_traces, make_prompt_traces
+from racdeploy.traces.collect import CompletionSource, TraceCollection, make_prompt_traces
 from racdeploy.traces.select import select_traces
 from racdeploy.traces.text import split_text
 from racdeploy.traces.trace import TraceSet, count_tokens
@@ -31,20 +31,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3")
 
 
-def _collect(folder: Path, out: Path, together: int = 1):
+def _collect(folder: Path, out: Path, together: int = 1, enough: int = 8):
     out.mkdir(exist_ok=True)
     task = tasks.load("comparison")
     encoder = PromptEncoder.from_folder(folder)
     with open_engine("transformers", folder, EngineSettings(256, 3, 1)) as engine:
-        return collect_traces(
+        collection = TraceCollection(
+            encoder=encoder,
+            tags=find_tags(encoder),
+            stop_ids=Checkpoint(folder).eos_ids,
+            problems=task.draw_problems("calibration", 0, 7),
+            settings=SETTINGS,
+            out=TraceSet(out),
+            completion_progress=CompletionProgress(None, "traces", 7),
+            is_enough=lambda traces: len(traces) >= enough,
+        )
+        return collection.collect(
             CompletionSource(lambda asked: [engine.generate(*each) for each in asked], together),
-            encoder,
-            find_tags(encoder),
-            Checkpoint(folder).eos_ids,
-            task.draw_problems("calibration", 0, 7),
-            SETTINGS,
-            TraceSet(out),
-            CompletionProgress(None, "traces", 7),
+            SETTINGS.max_new_tokens,
         )
 
 
@@ -75,16 +79,16 @@ def test_an_answer_that_ends_is_whole_and_one_at_the_limit_is_not(
         Completion((*thought_ids, *answer_ids), "length"),
     ]
     problems = [Problem("6 * 7?", "42"), Problem("7 * 6?", "42")]
-    whole, cut = collect_traces(
-        CompletionSource(lambda asked: [completions]),
-        encoder,
-        tags,
-        (end,),
-        problems,
-        SETTINGS,
-        TraceSet(tmp_path),
-        CompletionProgress(None, "traces", 2),
+    collection = TraceCollection(
+        encoder=encoder,
+        tags=tags,
+        stop_ids=(end,),
+        problems=problems,
+        settings=SETTINGS,
+        out=TraceSet(tmp_path),
+        completion_progress=CompletionProgress(None, "traces", 2),
     )
+    whole, cut = collection.collect(CompletionSource(lambda asked: [completions]), 12)
     assert (whole.truncated, cut.truncated) == (False, True)
     for trace in (whole, cut):
         start = trace.answer_from
@@ -114,6 +118,15 @@ def test_shards_that_are_answered_together_are_the_same(folder: Path, tmp_path: 
     assert first == second
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_more_are_asked_when_there_are_enough(
+    folder: Path, tmp_path: Path, together: int
+) -> None:
+    """Whole shards, as many of them however many are answered together."""
+    assert len(_collect(folder, tmp_path / "few", together, enough=2)) == 3
+    assert len(_collect(folder, tmp_path / "more", together, enough=4)) == 6
+
+
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
     """Half a line is an error with the file and line, not a shorter trace set."""
     _collect(folder, tmp_path / "traces")
@@ -140,12 +153,20 @@ def test_selection_holds_out_of_every_task_and_keeps_whole_traces(folder: Path) 
     assert shorter.excluded == {"over the token budget": 1}
 
 
-def test_truncated_traces_are_left_out_unless_asked_for(folder: Path) -> None:
-    """A cut chain of thought has no end to calibrate on; leaving out all is an error."""
+def test_traces_that_repeat_themselves_are_left_out(folder: Path) -> None:
+    """One that repeats itself teaches nothing new; leaving out all is an error."""
     cut = [dataclasses.replace(trace, truncated=True) for trace in _traces(folder)]
     with raises("no-calibration-traces", "16 truncated"):
-        select_traces(cut, Calibration())
-    assert len(select_traces(cut, Calibration(keep_truncated=True)).calibration) == 14
+        select_traces(cut, Calibration(keep_truncated=False))
+    for kept in (None, True):
+        assert len(select_traces(cut, Calibration(keep_truncated=kept)).calibration) == 14
+
+    looping = [dataclasses.replace(trace, completion_ids=(5, 6) * 40) for trace in cut]
+    with raises("no-calibration-traces", "16 repeating"):
+        select_traces(looping, Calibration())
+    assert len(select_traces(looping, Calibration(keep_truncated=True)).calibration) == 14
+    ended = [dataclasses.replace(trace, truncated=False) for trace in looping]
+    assert len(select_traces(ended, Calibration()).calibration) == 14
 
 
 def test_only_correct_leaves_out_the_rest(folder: Path) -> None:
