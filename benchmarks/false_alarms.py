@@ -166,7 +166,7 @@ class Simulated:
             ("backends", "integrity", "sparsity", "template", "tokens"), "simulated"
         )
         evidence = Evidence(
-            settings=settings,
+            settings=settings.with_limits(),
             gate=read_gate(),
             dense=first,
             pruned=second,

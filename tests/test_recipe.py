@@ -85,7 +85,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         *("also", "ladder.no_worse_than", "tasks", "calibration_tasks", "prune.ignore"),
         "verify.controls",
         *("prune.sparsity", "recover.tokens", "recover.methods", "recover.extra_text"),
-        "recover.shorten",
+        *("recover.shorten", "calibration.keep_truncated"),
         *("traces.server", "traces.server_model", "traces.server_key_env"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from racdeploy.recipe import Recipe
-    from racdeploy.results.plan import Plan
+    from racdeploy.results.plan import ArtifactPlan, Plan
 
 _INDENT = 10  # of the sentences after a heading
 _GIB = 2**30
@@ -143,8 +143,11 @@ def _describe_traces(plan: Plan) -> list[str]:
     lines = []
 
     if artifact := plan.artifact:
-        tokens = artifact.trace_tokens_at_most
-        lines.append(f"{artifact.trace_prompts} prompts, at most {tokens:,} tokens")
+        lines.append(_describe_trace_prompts(artifact))
+        if artifact.finds_limit:
+            lines.append(
+                f"answers as long as the first ones need, {artifact.answer_limit:,} tokens or more"
+            )
         if artifact.traces_from != "transformers":
             lines.append(f"answered by {artifact.traces_from}")
     if plan.trace_server_model:
@@ -154,6 +157,12 @@ def _describe_traces(plan: Plan) -> list[str]:
         lines.append(f"pruning is calibrated on {bound}{pruning.prune_tokens:,} tokens")
 
     return lines
+
+
+def _describe_trace_prompts(artifact: ArtifactPlan) -> str:
+    if enough := artifact.trace_tokens_enough:
+        return f"at most {artifact.trace_prompts} prompts, until they have {enough:,} tokens"
+    return f"{artifact.trace_prompts} prompts, at most {artifact.trace_tokens_at_most:,} tokens"
 
 
 def _describe_recovery(plan: Plan) -> list[str]:
@@ -218,9 +227,12 @@ def _describe_cost(plan: Plan) -> list[str]:
             for stage, seconds in plan.time.stage_seconds.items()
             if seconds >= _WORTH_NAMING * total_s
         ]
+        assumed = ""
+        if plan.artifact and plan.artifact.finds_limit:
+            assumed = f" with answers of {plan.time.answer_tokens:,} tokens"
         lines.append(
-            f"time: roughly {format_duration(total_s)} ({', '.join(parts)}); the bars show what is"
-            " left"
+            f"time: roughly {format_duration(total_s)}{assumed} ({', '.join(parts)}); the bars show"
+            " what is left"
         )
     return lines
 

@@ -21,7 +21,7 @@ from racdeploy.models.renumbering import map_new_ids, translate_ids
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.evaluation import BEFORE_RECOVERY, Evaluation, ExportedArm
 from racdeploy.pipeline.export_stage import export_model
-from racdeploy.pipeline.forecast import estimate_seconds
+from racdeploy.pipeline.forecast import estimate_seconds, expect_answer_tokens
 from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import list_metadata, name_artifact, name_model
@@ -431,8 +431,10 @@ class Build:
             chosen = self.prune_stage.choose_traces(traces)
             tokens, held_out_tokens = count_tokens(chosen.fitted), count_tokens(chosen.held_out)
         else:
+            longest = longest[: job.expect_trace_prompts(job.trace_limit)]
             held_out_count = round(settings.calibration.held_out_share * len(longest))
-            tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
+            held_out_tokens = sum(longest[:held_out_count])
+            tokens = min(sum(longest), settings.calibration.max_tokens or sum(longest))
 
         tracing_bytes = None
         if not (traces or settings.traces.server):
@@ -468,8 +470,10 @@ class Build:
 
     def plan_time(self, plan: Plan) -> TimePlan:
         """Return an estimate of the seconds of each stage, given the rest of the plan."""
-        seconds = estimate_seconds(self.job, plan, self.known_traces, self.threads)
-        return TimePlan(stage_seconds=seconds)
+        traces = self.known_traces
+        seconds = estimate_seconds(self.job, plan, traces, self.threads)
+        tokens = expect_answer_tokens(self.job, traces)
+        return TimePlan(stage_seconds=seconds, answer_tokens=round(tokens))
 
     def find_trace_server_model(self) -> str:
         """Return the name of the trace server's model; raise an error if it cannot answer.
@@ -498,7 +502,6 @@ class Build:
     @property
     def trace_stage(self) -> TraceStage:
         job, settings = self.job, self.job.recipe.traces
-        calibration = job.recipe.calibration
         if job.shortened and job.shortened.folder:  # a server has the model as it was
             settings = settings.model_copy(update={"server": ""})
         return TraceStage(
@@ -511,8 +514,8 @@ class Build:
             file_engine=self.trace_engine,
             fit_sequences=self._fit_sequences,
             context_limit=job.context_limit,
-            may_never_end=bool(calibration.keep_truncated),
-            enough_tokens=0 if job.recipe.recover.tokens else calibration.tokens_to_collect,
+            may_never_end=bool(job.recipe.calibration.keep_truncated),
+            enough_tokens=job.enough_trace_tokens,
         )
 
     @cached_property

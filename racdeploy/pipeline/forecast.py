@@ -35,17 +35,14 @@ def estimate_seconds(
 ) -> dict[str, float]:
     """Return about how many seconds each stage of a build takes; empty if there may be a GPU.
 
-    Without ``traces``, an answer counts with two thirds of the maximum length. 0 ``threads`` are
-    all cores.
+    0 ``threads`` are all cores.
     """
     if shutil.which("nvidia-smi"):
         return {}
 
     recipe = job.recipe
     pace = _Pace.measure(job.checkpoint, threads)
-
-    lengths = [len(trace.completion_ids) for trace in traces]
-    mean_length = fmean(lengths or [_EXPECTED_SHARE * job.trace_limit])
+    mean_length = expect_answer_tokens(job, traces)
 
     def sampling_s(prompts: int) -> float:
         # Under torch, which reads the weights in float32.
@@ -55,7 +52,7 @@ def estimate_seconds(
 
     seconds = {}
     if not (traces or recipe.traces.server):
-        seconds["trace"] = sampling_s(len(job.problems("calibration")))
+        seconds["trace"] = sampling_s(job.expect_trace_prompts(mean_length))
 
     # Of all answers to a prompt at most two are learned, twice.
     answers = plan.recovery.shorten_answers_at_most if plan.recovery else 0
@@ -81,6 +78,12 @@ def estimate_seconds(
         seconds["verify"] = plan.artifact.evaluation_models * answers_s
 
     return seconds
+
+
+def expect_answer_tokens(job: Job, traces: Sequence[Trace]) -> float:
+    """Return the mean tokens of an answer; without traces, two thirds of the maximum."""
+    lengths = [len(trace.completion_ids) for trace in traces]
+    return fmean(lengths or [_EXPECTED_SHARE * job.trace_limit])
 
 
 @dataclass(frozen=True)

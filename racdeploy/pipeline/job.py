@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from racdeploy import exporting, packing, quant
@@ -22,7 +24,7 @@ from racdeploy.plugins import Names
 from racdeploy.pruning.structure.layout import find_consumer
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Structure, Verification
-from racdeploy.recipe.traces import FIRST_LIMIT
+from racdeploy.recipe.traces import FIRST_LIMIT, LEAST_TRACES
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tag_names, find_tags
 from racdeploy.targets import Target
@@ -185,6 +187,23 @@ class Job:
     def trace_limit(self) -> int:
         """Maximum tokens of a trace: the recipe's, or what is known so far."""
         return self.recipe.traces.max_new_tokens or self.answer_limit or FIRST_LIMIT
+
+    @property
+    def enough_trace_tokens(self) -> int:
+        """Tokens of traces that are enough; 0 answers all prompts, as a training learns from."""
+        recipe = self.recipe
+        return 0 if recipe.recover.tokens else recipe.calibration.tokens_to_collect
+
+    def expect_trace_prompts(self, answer_tokens: float) -> int:
+        """Return how many prompts are answered if answers have so many tokens on average."""
+        prompts = self.count_prompt_tokens("calibration")
+        if not self.enough_trace_tokens:
+            return len(prompts)
+
+        batch = self.recipe.traces.batch_size
+        needed = self.enough_trace_tokens / (fmean(prompts) + answer_tokens)
+        shards = math.ceil(max(needed, LEAST_TRACES) / batch)
+        return min(shards * batch, len(prompts))
 
     @cached_property
     def verification(self) -> Verification:

@@ -104,6 +104,10 @@ class Ladder:
 
     def plan(self, out: Path | None = None) -> Plan:
         """Return the rungs and the plan of the narrowest, which is tried first."""
+        informed = self.build.with_answer_limit()
+        if informed is not self.build:
+            return replace(self, build=informed).plan(out)
+
         names = list(self.rungs)
         build = self.rungs[names[-1]].build
         plan = build.plan(build.check(out))
@@ -415,7 +419,7 @@ class Ladder:
         seconds = dict(plan.time.stage_seconds)
         if "prune" in seconds:
             seconds["prune"] *= 2
-        return TimePlan(stage_seconds=seconds)
+        return replace(plan.time, stage_seconds=seconds)
 
 
 def _interpolate(first: Sequence[float], last: Sequence[float], step: float) -> list[float]:

@@ -154,11 +154,7 @@ def plan_artifact(job: Job) -> ArtifactPlan:
     heads = kept.key_value_heads if kept else shape.num_key_value_heads
     token_bytes = 2 * 2 * blocks * heads * shape.head_dim
 
-    # "same-size" stands for two models, and two more where the thinking is shortened; a recovered
-    # model also answers as it was before.
-    with_rivals = SAME_SIZE in settings.controls
-    models = 2 + len(job.siblings) + len(settings.controls) + bool(recipe.recover.tokens)
-    models += with_rivals * (3 if recipe.recover.shorten else 1)
+    models = _count_asked(job)
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))
 
@@ -171,7 +167,10 @@ def plan_artifact(job: Job) -> ArtifactPlan:
         thinks=job.tags is not None,
         traces_from=recipe.traces.server or "transformers",
         trace_prompts=trace_prompts,
-        trace_tokens_at_most=trace_prompts * job.trace_limit,
+        trace_tokens_at_most=job.expect_trace_prompts(job.trace_limit) * job.trace_limit,
+        trace_tokens_enough=job.enough_trace_tokens,
+        answer_limit=job.trace_limit,
+        finds_limit=not (recipe.traces.max_new_tokens or job.answer_limit),
         evaluation_models=models,
         evaluation_tokens_at_most=models * prompts * settings.samples * settings.max_new_tokens,
         artifact_bytes=_expect_bytes(job, expected.sizes),
@@ -185,6 +184,18 @@ def plan_artifact(job: Job) -> ArtifactPlan:
         zeros_lost=find_lost_zeros(job),
         evaluation_cuts=tuple(job.predict_truncation("evaluation")),
     )
+
+
+def _count_asked(job: Job) -> int:
+    """Return how many models answer the prompts of the evaluation."""
+    recipe = job.recipe
+    controls = recipe.verify.controls
+    models = 2 + len(job.siblings) + len(controls) + bool(recipe.recover.tokens)
+    # "same-size" stands for two models, and two more where the thinking is shortened; a recovered
+    # model also answers as it was before.
+    if SAME_SIZE in controls:
+        models += 3 if recipe.recover.shorten else 1
+    return models
 
 
 def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:

@@ -34,7 +34,8 @@ class OneModel:
 
     def plan(self, out: Path | None = None) -> Plan:
         """Return the plan; raise the first error that a stage would raise."""
-        return self.build.plan(self.build.check(out))
+        build = self.build.with_answer_limit()
+        return build.plan(build.check(out))
 
 
 def choose_strategy(build: Build) -> Strategy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -21,10 +21,10 @@ from racdeploy.manifest import MAX_TOKENS
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
 from racdeploy.recipe import Traces
-from racdeploy.recipe.traces import FIRST_LIMIT
+from racdeploy.recipe.traces import FIRST_LIMIT, LEAST_TRACES
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags
-from racdeploy.tasks import TaskSet
+from racdeploy.tasks import Problem, TaskSet
 from racdeploy.traces import server
 from racdeploy.traces.answer_limit import AnswerLimit, check_ends
 from racdeploy.traces.collect import (
@@ -37,7 +37,6 @@ from racdeploy.traces.collect import (
 from racdeploy.traces.trace import Trace, TraceSet, count_tokens
 
 _UNFINISHED = "growing-"  # prefix of token logs of shards that are being answered
-_LEAST_TRACES = 32  # some of them are held out, and each is a sample of one
 
 _OpenEngine = Callable[[Path, EngineSettings], Engine]
 
@@ -127,16 +126,23 @@ class TraceStage:
         """Return the inputs of a model's traces; torch is one only if it generates them."""
         engine = self._find_engine(checkpoint)
         needs_torch = not (self._is_served(checkpoint) or engine)
-        return identify_code(__name__, COMPUTE_LIBRARIES if needs_torch else ()) | {
+        inputs: dict[str, object] = {
+            **identify_code(__name__, COMPUTE_LIBRARIES if needs_torch else ()),
             "model": checkpoint.sha256,
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
-            **({"first": max_prompts} if max_prompts else {}),
-            **({"samples": samples} if samples > 1 else {}),
-            **({"limit": limit} if limit else {}),
-            **({"enough": self.enough_tokens} if self._may_end_early(max_prompts, samples) else {}),
-            **({"engine": dict(engine.identity)} if engine else {}),
         }
+        if max_prompts:
+            inputs["first"] = max_prompts
+        if samples > 1:
+            inputs["samples"] = samples
+        if limit:
+            inputs["limit"] = limit
+        if self._may_end_early(max_prompts, samples):
+            inputs["enough"] = self.enough_tokens
+        if engine:
+            inputs["engine"] = dict(engine.identity)
+        return inputs
 
     def run(
         self, sparse: Path | None = None, max_prompts: int = 0, samples: int = 1, limit: int = 0
@@ -150,7 +156,6 @@ class TraceStage:
             limit: tokens of an answer, as the dense model has; 0 finds it, if the recipe sets none.
         """
         checkpoint = Checkpoint(sparse) if sparse else self.dense
-        limit = self.settings.max_new_tokens or limit
         expected = self.inputs(checkpoint, max_prompts, samples, limit)
         if not Stage.locate(self.workspace.work, "traces", expected).is_finished:
             self._export(checkpoint)  # whether the file can answer is an input
@@ -168,47 +173,56 @@ class TraceStage:
 
             return stage.folder, out.read()
 
-        settings = self.settings
-        drawn = self.tasks.draw("calibration", settings.seed, settings.count)
-        asked = drawn[:max_prompts] if max_prompts else drawn
-        longest = max(len(self.encoder.encode(problem.question)) for problem in asked)
-        problems = [problem for problem in asked for _ in range(samples)]
+        problems = self._list_problems(max_prompts, samples)
+        longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
 
-        # Progress is shown before the model is loaded, which takes a while.
-        eos_ids = self.dense.eos_ids
-        completion_progress = CompletionProgress(self.workspace.progress, "traces", len(problems))
-        completion_progress.set_saved(out.count())
-
-        collection = TraceCollection(
-            encoder=self.encoder,
-            tags=self.tags,
-            stop_ids=eos_ids,
-            problems=problems,
-            settings=settings,
-            out=out,
-            completion_progress=completion_progress,
-        )
+        collection = self._make_collection(problems, out)
         if self._may_end_early(max_prompts, samples):
             collection = replace(collection, is_enough=self._is_enough)
-        if limit:
-            with self._open_source(
-                collection, checkpoint, prompt_tokens=longest, answer_tokens=limit
-            ) as source:
-                traces = collection.collect(source, limit)
+        tokens = self.settings.max_new_tokens or limit
+        if tokens:
+            traces = self._collect(collection, checkpoint, longest, tokens)
         else:
             traces = self._probe_and_collect(collection, checkpoint, longest)
 
         _remove_finished_logs(stage.folder)
-        counts = summarize_traces(traces, checkpoint, self.encoder, settings.identity)
-        if found := read_limit(stage.folder):
-            counts["limit"] = asdict(found)
+        counts = summarize_traces(traces, checkpoint, self.encoder, self.settings.identity)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
+
+    def _make_collection(self, problems: Sequence[Problem], out: TraceSet) -> TraceCollection:
+        # Progress is shown before the model is loaded, which takes a while.
+        completion_progress = CompletionProgress(self.workspace.progress, "traces", len(problems))
+        completion_progress.set_saved(out.count())
+        return TraceCollection(
+            encoder=self.encoder,
+            tags=self.tags,
+            stop_ids=self.dense.eos_ids,
+            problems=problems,
+            settings=self.settings,
+            out=out,
+            completion_progress=completion_progress,
+        )
+
+    def _list_problems(self, max_prompts: int, samples: int) -> list[Problem]:
+        """Return the first problems, each ``samples`` times."""
+        drawn = self.tasks.draw("calibration", self.settings.seed, self.settings.count)
+        asked = drawn[:max_prompts] if max_prompts else drawn
+        return [problem for problem in asked for _ in range(samples)]
 
     def find_limit(self, samples: int = 1) -> AnswerLimit | None:
         """Return the limit that the dense model's traces have found; None before that."""
         inputs = self.inputs(self.dense, samples=samples)
         return read_limit(Stage.locate(self.workspace.work, "traces", inputs).folder)
+
+    def _collect(
+        self, collection: TraceCollection, checkpoint: Checkpoint, longest: int, tokens: int
+    ) -> list[Trace]:
+        """Answer prompts with at most ``tokens`` tokens; ``longest``: of the longest prompt."""
+        with self._open_source(
+            collection, checkpoint, prompt_tokens=longest, answer_tokens=tokens
+        ) as source:
+            return collection.collect(source, tokens)
 
     def _probe_and_collect(
         self, collection: TraceCollection, checkpoint: Checkpoint, longest: int
@@ -244,7 +258,7 @@ class TraceStage:
         return bool(self.enough_tokens) and not max_prompts and samples == 1
 
     def _is_enough(self, traces: Sequence[Trace]) -> bool:
-        if len(traces) < _LEAST_TRACES:
+        if len(traces) < LEAST_TRACES:
             return False
         return count_tokens(traces) >= self.enough_tokens
 

@@ -18,6 +18,8 @@ from racdeploy.results.schema import FiniteNonNegative
 
 FIRST_LIMIT = 1024
 """Tokens of an answer, where no longer limit is known yet; a model that thinks longer shows it."""
+LEAST_TRACES = 32
+"""Fewest traces, however long: some are held out, and each is a sample of one."""
 _SERVER_URL = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
@@ -92,7 +94,7 @@ class Calibration(Section):
     """Selection of the trace tokens that the statistics are gathered on."""
 
     source: Literal["rac", "prompt"] = "rac"
-    max_tokens: NonNegativeInt = 0
+    max_tokens: NonNegativeInt = 32_768
     only_correct: bool = False
     keep_truncated: bool | None = None  # those that do not repeat themselves
     held_out_share: float = Field(default=0.125, ge=0, le=0.5)

@@ -20,6 +20,9 @@ class ArtifactPlan:
         model: folder or id of the dense model.
         linears_kept_dense: prunable linears that get no zeros.
         traces_from: server or engine that answers the calibration prompts.
+        trace_tokens_enough: tokens of traces that are enough; 0 for those of all prompts.
+        answer_limit: tokens of an answer.
+        finds_limit: the first answers show whether it is enough.
         evaluation_models: models that answer the evaluation prompts.
         cache_bytes: keys and values of one sequence.
         artifact: name of the artifact, without suffix.
@@ -37,6 +40,9 @@ class ArtifactPlan:
     traces_from: str
     trace_prompts: int
     trace_tokens_at_most: int
+    trace_tokens_enough: int
+    answer_limit: int
+    finds_limit: bool
     evaluation_models: int
     evaluation_tokens_at_most: int
     artifact_bytes: int
@@ -100,9 +106,14 @@ class RecoveryPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TimePlan:
-    """Rough seconds of each stage; empty where they cannot be estimated."""
+    """Rough seconds of each stage; empty where they cannot be estimated.
+
+    Args:
+        answer_tokens: mean tokens of an answer, known or assumed.
+    """
 
     stage_seconds: Mapping[str, float]
+    answer_tokens: int = 0
 
     @property
     def seconds_expected(self) -> float | None:

@@ -15,7 +15,6 @@ from racdeploy.engines.engine import Completion
 from racdeploy.errors import ModelError
 from racdeploy.recipe.traces import FIRST_LIMIT
 from racdeploy.runtime.loops import measure_loop
-from racdeploy.verification.stats.distributions import clopper_pearson_lower
 
 _ROOM = 1.5  # of the longest answer that ended: other prompts may need more
 _MAX_CUT_OFF, _ERROR = 0.05, 0.05
@@ -75,8 +74,7 @@ def find_limit(completions: Sequence[Completion], tokens: int, most: int) -> Ans
     repeating = sum(map(is_repeating, completions))
     cut_off = len(completions) - len(ended) - repeating
     is_last = tokens >= most
-    lowest_share = clopper_pearson_lower(cut_off, len(completions), _ERROR)
-    if not is_last and lowest_share > _MAX_CUT_OFF:
+    if not is_last and _is_too_many(cut_off, len(completions)):
         return None
 
     longest = max(ended, default=0)
@@ -89,6 +87,19 @@ def find_limit(completions: Sequence[Completion], tokens: int, most: int) -> Ans
         repeating=repeating,
         longest=longest,
     )
+
+
+def _is_too_many(count: int, n: int) -> bool:
+    """Return whether a share is above the permitted one: its exact lower bound is.
+
+    The bound is Clopper and Pearson's (Biometrika 26 (1934) 404-413): it is above a share where
+    that share would give ``count`` or more of ``n`` more rarely than the error.
+    """
+    tail = 0.0
+    for each in range(count, n + 1):
+        others = (1 - _MAX_CUT_OFF) ** (n - each)
+        tail += math.comb(n, each) * _MAX_CUT_OFF**each * others
+    return tail < _ERROR
 
 
 def check_ends(limit: AnswerLimit) -> None:

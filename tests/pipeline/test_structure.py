@@ -26,6 +26,7 @@ from tests.support.cut_models import cut_checkpoint
 from tests.support.tiny_models import make_checkpoint
 
 CUT = [(2, 64)]
+FITTING = {"context_tokens": 128}  # the model has it: no note
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_fewer_tokens_are_planned(dense: Path) -> None:
 
 def test_nothing_is_planned_for_a_whole_model(dense: Path) -> None:
     """The plan of a recipe without a cut is as before."""
-    options = {"model": str(dense), "prune": {"sparsity": 0.5}}
+    options = {"model": str(dense), "prune": {"sparsity": 0.5}, "verify": FITTING}
     assert plan_cut(Job(Recipe.combine(None, options))) == StructurePlan()
 
 
@@ -146,7 +147,8 @@ def test_what_is_optional_fits_the_model(tmp_path: Path) -> None:
 
     for folder in (wide, untied, narrow):
         structure = {"keep": {"ffn": 0.75}, "optional": True}
-        asked = Recipe.combine(None, {"model": str(folder), "structure": structure})
+        options = {"model": str(folder), "structure": structure, "verify": FITTING}
+        asked = Recipe.combine(None, options)
         job = fit_structure(Job(asked))
         found[folder] = job.structure
         assert not job.structure.optional

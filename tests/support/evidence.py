@@ -27,7 +27,7 @@ def make_evidence(
         findings: other fields.
     """
     return Evidence(
-        settings=settings or Verification(),
+        settings=(settings or Verification()).with_limits(),
         gate=gate or read_gate(),
         dense=dense,
         pruned=pruned,

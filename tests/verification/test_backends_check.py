@@ -31,7 +31,7 @@ def evidence_of(count: int, *, wrong: int = 0, longer: int = 0) -> Evidence:
     ]
     other = OtherArtifact(replace(arm_of(changed), quant="f32"), "onnxruntime", Path(), {})
     return Evidence(
-        settings=Verification(),
+        settings=Verification().with_limits(),
         gate=read_gate(),
         dense=main,
         pruned=main,

@@ -46,7 +46,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference of the folder's name that was recorded with options of its own."""
     folder = tmp_path_factory.mktemp("recorded") / "ref"
     answers = tuple(record for record in build_records() if record.arm == "dense")
-    settings = Verification(count=len(answers), max_new_tokens=300, logit_traces=0)
+    settings = Verification(count=len(answers), max_new_tokens=300, logit_traces=0).with_limits()
     reference = Reference(
         name="f16.gguf",
         tasks=("jsonl:q 1.jsonl",),

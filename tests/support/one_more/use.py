@@ -209,7 +209,7 @@ def use_check(folder: Path) -> Any:
     """Verify: it takes part in every verification."""
     arm, file = arm_of([record(index) for index in range(40)]), Path(__file__)
     evidence = Evidence(
-        settings=Verification(),
+        settings=Verification().with_limits(),
         gate=read_gate(None),
         dense=arm,
         pruned=arm,
