@@ -6,6 +6,7 @@ import importlib.util
 import re
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 
@@ -32,6 +33,7 @@ def is_installed(module: str) -> bool:
         return False
 
 
+@cache
 def installed_version(package: str) -> str:
     """Return the version of a package, or an empty string if it is not installed."""
     try:

@@ -22,8 +22,12 @@ ROOT = Path(str(files(_PACKAGE)))
 _DATA_SUFFIXES = {".toml", ".json", ".jinja", ".txt", ".css"}
 
 
+@cache
 def code_hash(module: str) -> str:
-    """Return a hash over the files that a module reaches."""
+    """Return a hash over the files that a module reaches, as they are at the first call.
+
+    A process runs the code that it has imported: later edits are of the next one.
+    """
     digest = hashlib.sha256()
 
     for file in reachable_files([module]):
@@ -53,11 +57,14 @@ def reachable_files(modules: Iterable[str]) -> list[Path]:
 
     while pending:
         name = pending.pop()
-        file = _file_of(name)
-        if name in seen or file is None:
+        if name in seen:
             continue
 
         seen.add(name)
+        file = _file_of(name)
+        if file is None:
+            continue
+
         source = file.read_bytes()
         # racdeploy/__init__.py, the last parent's, only forwards names.
         folders = file.relative_to(ROOT).parents[:-1]

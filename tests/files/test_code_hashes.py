@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,24 @@ STAGES = {
 
 
 @pytest.fixture
-def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of a copy of the package, its code alone, of which addresses are then."""
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Yield the folder of a copy of the package, its code alone, of which addresses are then."""
     only_code = shutil.ignore_patterns("__pycache__", "tiny_reasoner", "sources")
     copied = shutil.copytree(ROOT, tmp_path / "racdeploy", ignore=only_code)
-    monkeypatch.setattr(code_hashes, "ROOT", copied)
-    return copied
+    with monkeypatch.context() as patch:
+        patch.setattr(code_hashes, "ROOT", copied)
+        yield copied
+    code_hash.cache_clear()
 
 
 def _reached(stage: str) -> set[str]:
     return {file.relative_to(ROOT).as_posix() for file in reachable_files([STAGES[stage]])}
+
+
+def _hash_again(module: str) -> str:
+    """Return the hash that a new process would find."""
+    code_hash.cache_clear()
+    return code_hash(module)
 
 
 def _edit(file: Path) -> None:
@@ -52,26 +61,34 @@ def test_every_file_that_a_stage_reaches_is_in_its_address(
     """Each edit gives another address, and the whole copy the address of the original."""
     module = STAGES[stage]
     reached = reachable_files([module])[::step]
-    found = [code_hash(module)]
+    found = [_hash_again(module)]
     with monkeypatch.context() as patch:
         patch.setattr(code_hashes, "ROOT", ROOT)
-        assert found == [code_hash(module)]
+        assert found == [_hash_again(module)]
 
     for file in reached:
         _edit(file)
-        found.append(code_hash(module))
+        found.append(_hash_again(module))
     assert len(set(found)) == len(reached) + 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_file_that_a_stage_does_not_reach_is_not_in_its_address(copy: Path, stage: str) -> None:
     """A report, a check, the order of the stages, the command line: none makes traces again."""
-    before = code_hash(STAGES[stage])
+    before = _hash_again(STAGES[stage])
     reached = set(reachable_files([STAGES[stage]]))
     for file in copy.rglob("*.py"):
         if file not in reached:
             _edit(file)
-    assert code_hash(STAGES[stage]) == before
+    assert _hash_again(STAGES[stage]) == before
+
+
+def test_an_edit_during_a_run_is_of_the_next_run(copy: Path) -> None:
+    """A process goes on with the code that it has imported, and so with its address."""
+    before = _hash_again(STAGES["traces"])
+    _edit(copy / "tasks/scorers/boxed.py")
+    assert code_hash(STAGES["traces"]) == before
+    assert _hash_again(STAGES["traces"]) != before
 
 
 def test_a_stage_reaches_what_decides_its_content() -> None:
