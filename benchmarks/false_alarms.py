@@ -39,6 +39,7 @@ from racdeploy.verification.gate import read_gate
 from racdeploy.verification.plan import Expectation, plan_power
 from racdeploy.verification.report_builder import build_report
 from racdeploy.verification.stats.distributions import Floats
+from racdeploy.verification.stats.group_sequential import Analysis
 
 _UNCLOSED, _SPREAD = 0.01, 0.3  # endless thoughts of every model; spread of one prompt's lengths
 
@@ -199,9 +200,9 @@ def print_simulated(pairs: int, prompts: int, samples: int) -> None:
     """Print the shares of verdicts over equal pairs, pairs at the limits, and worse ones."""
     limits = read_gate().limits(accuracy.Limits).margin, read_gate().limits(thinking.Limits)
     margin, ratio = limits[0], limits[1].length_ratio
-    planned = plan_power(
-        Verification(samples=samples, temperature=0.6), read_gate(), Expectation(), prompts
-    )
+    settings = Verification(samples=samples, temperature=0.6)
+    analysis = Analysis(prompts, read_gate().confidence)
+    planned = plan_power(settings, read_gate(), Expectation(), [analysis])
     print(json.dumps({"planned": asdict(planned)}))
     for name, lost, longer in (
         ("equal", 0.0, 1.0),

@@ -86,7 +86,8 @@ class BundleToVerify:
     def problems(self) -> list[Problem]:
         """Problems to ask: the recorded ones, fewer, or more drawn from the same tasks."""
         recorded = self.contents.problems
-        if not self.tier:
+        # A build that was clear early has recorded the first of its prompts.
+        if not self.tier or self.settings.count == self.contents.planned:
             return recorded
         if self.settings.count <= len(recorded):
             return recorded[: self.settings.count]
@@ -135,7 +136,18 @@ class BundleToVerify:
             ),
             progress=self.progress,
             server=self.server,
+            planned=self.planned,
         )
+
+    @property
+    def planned(self) -> int:
+        """Prompts of which the build has asked the first until it was clear; 0 if it asked all."""
+        planned = self.contents.planned
+        if planned <= len(self.problems):
+            return 0
+
+        has_other_plan = self.tier and self.settings.count != planned
+        return 0 if has_other_plan else planned
 
     @cached_property
     def model(self) -> DeployedModel:

@@ -21,10 +21,11 @@ from racdeploy.runtime.deployed import DeployedModel, find_served
 from racdeploy.verification.baseline import Baseline, compare_fingerprints
 from racdeploy.verification.evidence import (
     ArmResult,
+    Evidence,
     Findings,
     length_budget,
 )
-from racdeploy.verification.examiner import note_resumed_answers
+from racdeploy.verification.examiner import Examiner, note_resumed_answers
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.measurements import encode_probes
 from racdeploy.verification.plan import estimate_from_arms
@@ -75,7 +76,7 @@ class BundleVerification:
         pruned = ArmResult("pruned", bundle.contents.pruned)
         expected = estimate_from_arms(dense, pruned, length_budget(bundle.settings))
 
-        plan = bundle.examiner.plan(models, expected)
+        plan = self._examiner.plan(models, expected)
         verified = BundlePlan(
             bundle=str(bundle.folder),
             tier=bundle.tier or "as built",
@@ -97,17 +98,17 @@ class BundleVerification:
 
         # The harness goes first: an unknown task fails within a minute.
         harness_runs, harness_notes = self.harness.run(self._fresh) if self.harness else (None, [])
-        reference, origin = self._open_reference()
+        subject = self._subject
+        examiner = self._examiner.stop_when_clear(self._weigh_interim)
+        reference, origin = self._open_reference(examiner)
         ran: list[str] = []
         if model.url:
-            subject = Subject.from_deployed(model)
             accepted = bundle.contents.recipe.export.accept_token_differences
             findings = Findings(token_differences=accepted)
         else:
-            subject = self._shipped.main.measured()
-            findings, ran = self._inspect()
+            findings, ran = self._inspect(examiner)
         findings = replace(findings, harness=harness_runs)
-        evidence, notes = bundle.examiner.examine(subject, reference, findings)
+        evidence, notes = examiner.examine(subject, reference, findings)
 
         kernels = evidence.pruned.kernels
         if kernels and not model.url:
@@ -129,6 +130,35 @@ class BundleVerification:
         """The bundle's first artifact, or what a server answers in its place."""
         model = self.bundle.model
         return find_served(self.server, model) if self.server else model
+
+    @cached_property
+    def _subject(self) -> Subject:
+        """What is asked and judged."""
+        model = self._model
+        return Subject.from_deployed(model) if model.url else self._shipped.main.measured()
+
+    @cached_property
+    def _examiner(self) -> Examiner:
+        """Asks the problems of which the dense answers are known, or can be made."""
+        examiner = self.bundle.examiner
+        planned = examiner.planned or len(examiner.problems)
+        if self._fresh or self._source.planned != planned:
+            return examiner
+
+        # The build of another bundle may have been clear earlier.
+        known = len(self._source.problems)
+        if known >= len(examiner.problems):
+            return examiner
+        return replace(examiner, problems=examiner.problems[:known], planned=planned)
+
+    def _weigh_interim(self, examiner: Examiner) -> Evidence:
+        """Ask both models the prompts of an interim analysis."""
+        dense = self._answer_dense(examiner)
+        if not self._model.url:
+            return self._shipped.weigh_interim(examiner, dense)
+
+        pruned, _ = examiner.answer(self._subject, "pruned")
+        return examiner.weigh(self._subject, dense, pruned, Findings())
 
     @property
     def _fresh(self) -> Path | None:
@@ -157,27 +187,35 @@ class BundleVerification:
                 f"omit --tier to ask the {stored} prompts that are stored; or use a gate file with "
                 f"tiers.{tier}.prompts = {stored}; or {remedy}"
             )
-        return source.answers(bundle.problems, bundle.settings, remedy)
+        return source.answers(self._examiner.problems, bundle.settings, remedy)
 
-    def _open_reference(self) -> tuple[Reference, list[str]]:
-        """Return the dense answers, rerun or recorded, and notes on their origin."""
-        bundle, contents = self.bundle, self.bundle.contents
-        recorded = contents.report.dense_arm
+    def _answer_dense(self, examiner: Examiner) -> ArmResult:
+        """Return the dense answers to an examiner's prompts, rerun or recorded."""
+        bundle = self.bundle
+        recorded = bundle.contents.report.dense_arm
         if self._fresh is not None:
             dense = Subject.from_deployed(bundle.open_dense(self._fresh))
-            arm, _ = bundle.examiner.answer(replace(dense, sparsity=recorded.sparsity), "dense")
+            arm, _ = examiner.answer(replace(dense, sparsity=recorded.sparsity), "dense")
+            return arm
+
+        # No engine statistics: times of another run or machine cannot be compared.
+        arm = ArmResult(
+            "dense",
+            records=self._recorded(),
+            size_bytes=recorded.size_bytes,
+            quant=recorded.quant or "",
+            sparsity=recorded.sparsity,
+            files=recorded.files,
+            kernels=recorded.kernels or "",
+        )
+        return arm.take(len(examiner.problems))
+
+    def _open_reference(self, examiner: Examiner) -> tuple[Reference, list[str]]:
+        """Return the dense model with its answers to an examiner's prompts, and their origin."""
+        bundle, contents = self.bundle, self.bundle.contents
+        if self._fresh is not None:
             notes = [f"the dense arm was run again, from {self._fresh.name}"]
         else:
-            # No engine statistics: times of another run or machine cannot be compared.
-            arm = ArmResult(
-                "dense",
-                records=self._recorded(),
-                size_bytes=recorded.size_bytes,
-                quant=recorded.quant or "",
-                sparsity=recorded.sparsity,
-                files=recorded.files,
-                kernels=recorded.kernels or "",
-            )
             notes = self._describe_recorded()
 
         encoder, tokenizer = bundle.model.encoder, contents.manifest.tokenizer
@@ -189,7 +227,7 @@ class BundleVerification:
             stop_ids=tokenizer.eos_ids,
             vocabulary=encoder.tokenizer.get_vocab_size(),
             probes=probes,
-            arm=arm,
+            arm=self._answer_dense(examiner),
         ), notes
 
     def _describe_recorded(self) -> list[str]:
@@ -244,12 +282,12 @@ class BundleVerification:
             token_differences=recipe.export.accept_token_differences,
         )
 
-    def _inspect(self) -> tuple[Findings, list[str]]:
+    def _inspect(self, examiner: Examiner) -> tuple[Findings, list[str]]:
         """Return what the files and the other artifacts show, and notes on how they ran."""
         shipped = self._shipped
         generation = self.bundle.contents.manifest.generation
         others, notes = [], []
-        for other, reused in shipped.answer_others(self.bundle.examiner):
+        for other, reused in shipped.answer_others(examiner):
             whose = f"the one for {other.backend}"
             others.append(other)
             notes += note_resumed_answers(reused, f" of {whose}")

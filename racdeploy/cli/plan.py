@@ -187,6 +187,12 @@ def _describe_verification(plan: Plan) -> list[str]:
 
     tokens = plan.artifact.evaluation_tokens_at_most if plan.artifact else plan.tokens_at_most
     lines = [f"{power.evaluation_prompts} prompts, at most {tokens:,} tokens"]
+    if power.judged_after:
+        *interim, most = power.judged_after
+        lines.append(
+            f"judged after {', '.join(map(str, interim))} prompts, until it is clear: asks {most} "
+            f"at most, about {power.expected_prompts} if both models are equally good"
+        )
     if plan.bundle:
         lines.append(f"dense answers: {plan.bundle.dense_answers}")
 

@@ -33,7 +33,7 @@ from racdeploy.verification import measurements
 from racdeploy.verification.answer_cache import AnswerCache
 from racdeploy.verification.answer_sampler import SampledAnswers, TraceIds
 from racdeploy.verification.checks import memory, speed
-from racdeploy.verification.evidence import ArmResult, LogitComparison
+from racdeploy.verification.evidence import ArmResult, Evidence, LogitComparison
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.report_builder import build_report
 from racdeploy.verification.rivals import SAME_SIZE, note_missing_rivals
@@ -105,15 +105,14 @@ class Evaluation:
         _, answers = examiner.answer(self._make_subject(exported, folder), arm, problems)
         return answers
 
-    def _ask(self, asked: ExportedArm) -> tuple[ArmResult, SampledAnswers]:
-        """Answer the prompts of the evaluation with one arm."""
+    def _make_arm_subject(self, asked: ExportedArm) -> Subject:
+        """Return an exported model as it is asked."""
         exported = asked.exported
-        subject = replace(
+        return replace(
             self._make_subject(exported, asked.folder, asked.control),
             quant=asked.quant,
             sparsity=exporting.measure_sparsity(exported, self.job.prunable_weights),
         )
-        return self.examiner.answer(subject, asked.name)
 
     def _make_subject(
         self, exported: ExportResult, folder: Path, control: ShippedControl = UNCONTROLLED
@@ -177,16 +176,18 @@ class Evaluation:
         recipe = self.job.recipe
         shipped = self._ship(model, [pruned, *also])
         subject = shipped.main.measured()
-        arms, traces, notes = self._answer_arms(subject, dense, rivals)
+        asked_dense = ExportedArm("dense", self.job.reference_quant, dense, self.job.model.folder)
+        examiner = self._ask_until_clear(shipped, asked_dense)
+        arms, traces, notes = self._answer_arms(examiner, subject, asked_dense, rivals)
         dense_arm, pruned_arm, *rival_arms = arms
         findings = replace(
             shipped.inspect(),
             probes=gate_result.probes,
             rivals=tuple(rival_arms),
             logits=self._compare_logits(model, pruned, traces),
-            other_artifacts=tuple(other for other, _ in shipped.answer_others(self.examiner)),
+            other_artifacts=tuple(other for other, _ in shipped.answer_others(examiner)),
         )
-        evidence = self.examiner.weigh(subject, dense_arm, pruned_arm, findings)
+        evidence = examiner.weigh(subject, dense_arm, pruned_arm, findings)
 
         # Notes follow the order of the build: calibration, pruning, export, gates.
         built = [
@@ -214,17 +215,34 @@ class Evaluation:
             fingerprint=self.examiner.fingerprint(),
         )
 
+    def _ask_until_clear(self, shipped: ShippedModel, dense: ExportedArm) -> Examiner:
+        """Ask both models until the verdict is clear; return the examiner of these prompts."""
+        subject = self._make_arm_subject(dense)
+
+        def weigh(examiner: Examiner) -> Evidence:
+            arm, _ = examiner.answer(subject, dense.name)
+            return shipped.weigh_interim(examiner, arm)
+
+        return self.examiner.stop_when_clear(weigh)
+
     def _answer_arms(
-        self, shipped: Subject, dense: ExportResult, rivals: Sequence[ExportedArm]
+        self,
+        examiner: Examiner,
+        shipped: Subject,
+        dense: ExportedArm,
+        rivals: Sequence[ExportedArm],
     ) -> tuple[list[ArmResult], tuple[TraceIds, ...], list[str]]:
         """Return dense, pruned and rival arms, the dense traces, and notes on earlier answers."""
         job = self.job
-        dense_arm = ExportedArm("dense", job.reference_quant, dense, job.model.folder)
-        answered = [self._ask(dense_arm), self.examiner.answer(shipped, "pruned")]
+
+        def ask(arm: ExportedArm) -> tuple[ArmResult, SampledAnswers]:
+            return examiner.answer(self._make_arm_subject(arm), arm.name)
+
+        answered = [ask(dense), examiner.answer(shipped, "pruned")]
         for rival in rivals:
             # What was pruned has the control that ships.
             is_dense = rival.name.startswith("dense")
-            answered.append(self._ask(rival if is_dense else replace(rival, control=self.control)))
+            answered.append(ask(rival if is_dense else replace(rival, control=self.control)))
 
         if job.recipe.recover.shorten and SAME_SIZE in job.recipe.verify.controls:
             lengths = []
@@ -233,7 +251,7 @@ class Evaluation:
             words = job.recipe.runtime.thinking.hesitation
             controls = list_dense_controls(job.encoder, words, *lengths)
             for name, control in controls.items():
-                answered.append(self._ask(replace(dense_arm, name=name, control=control)))
+                answered.append(ask(replace(dense, name=name, control=control)))
 
         # Speed of an earlier run is not compared with speed of this one.
         counted_before = all(answers.reused_stats for _, answers in answered)

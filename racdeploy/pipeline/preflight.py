@@ -25,9 +25,10 @@ from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.recipe import Traces, Verification
 from racdeploy.recovery import check_shortening
-from racdeploy.results.plan import ArtifactPlan, Plan
+from racdeploy.results.plan import ArtifactPlan, Plan, PowerPlan
 from racdeploy.targets import Target
 from racdeploy.tasks import Split
+from racdeploy.verification.interim import list_analyses
 from racdeploy.verification.plan import Expectation, plan_power
 from racdeploy.verification.rivals import SAME_SIZE
 
@@ -83,9 +84,14 @@ def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> 
         parent = next(each for each in (folder, *folder.resolve().parents) if each.is_dir())
         require_space(parent, size_bytes, "name folders of another disk with --out and --work")
 
+    return Plan(artifact=plans[0], power=_plan_power(job))
+
+
+def _plan_power(job: Job) -> PowerPlan:
+    settings = job.verification
     prompts = len(job.problems("evaluation"))
-    power = plan_power(job.verification, job.gate, Expectation(), prompts)
-    return Plan(artifact=plans[0], power=power)
+    analyses = list_analyses(settings, job.gate, prompts)
+    return plan_power(settings, job.gate, Expectation(), analyses)
 
 
 def check_packages(job: Job) -> None:

@@ -22,6 +22,7 @@ class Verification(Section):
 
     count: int = Field(default=200, ge=1, le=MAX_PROMPTS)
     samples: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    sequential: bool = True
     max_new_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)  # 0: :meth:`with_limits`
     max_thinking_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     temperature: FiniteNonNegative = 0.0

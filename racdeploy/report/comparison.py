@@ -8,6 +8,7 @@ from racdeploy.report.markdown import escape, write_table
 from racdeploy.report.tables import ReportTable, fill_cells, to_single_line
 from racdeploy.results.answers import ArmSummary
 from racdeploy.results.report import Report
+from racdeploy.results.units import format_confidence
 
 _COLUMNS = {
     "size": "{0.size_bytes:bytes}",
@@ -33,18 +34,44 @@ def make_comparison_table(reports: Sequence[Report]) -> ReportTable:
 def write_card(reports: Sequence[Report]) -> str:
     """Return the table and how it was measured, as Markdown for a model card."""
     report = reports[0]
-    known, machine = report.recipe, report.fingerprint
-    engine = ", ".join(f"{name} {machine[name]}" for name in ("llama-cpp-python", "onnxruntime"))
-    settings = known["verify"]
-    confidence = report.comparison.confidence if report.comparison else 0.9
-    tasks = ", ".join(known["tasks"]) or "the procedural tasks of racdeploy"
+    settings = report.recipe["verify"]
+    asked = _describe_questions(report)
     basis = (
-        f"{settings['count']:,} questions of {tasks}, {settings['samples']} answers each, "
+        f"{asked}, {settings['samples']} answers each, "
         f"temperature {settings['temperature']:g}, at most {settings['max_new_tokens']:,} tokens; "
-        f"{confidence:.0%} intervals over paired questions. {machine['processor']}, {engine}, "
+        f"{_describe_measurement(report)}"
+    )
+    table = write_table(make_comparison_table(reports))
+    return f"{table}\n\n{escape(basis)}"
+
+
+def _describe_questions(report: Report) -> str:
+    """Return the number of questions, and of what."""
+    known = report.recipe
+    count = known["verify"]["count"]
+    tasks = ", ".join(known["tasks"]) or "the procedural tasks of racdeploy"
+    questions = f"{count:,} questions of {tasks}"
+
+    comparison = report.comparison
+    if comparison and comparison.planned:
+        return f"Until each verdict was clear, at most {questions}"
+    return questions
+
+
+def _describe_measurement(report: Report) -> str:
+    """Return the intervals and the machine."""
+    comparison = report.comparison
+    confidence = comparison.confidence if comparison else 0.9
+    intervals = f"{format_confidence(confidence)} intervals"
+    if comparison and comparison.planned:
+        intervals = "repeated confidence intervals"
+
+    machine = report.fingerprint
+    engine = ", ".join(f"{name} {machine[name]}" for name in ("llama-cpp-python", "onnxruntime"))
+    return (
+        f"{intervals} over paired questions. {machine['processor']}, {engine}, "
         f"racdeploy {machine['racdeploy']}."
     )
-    return f"{write_table(make_comparison_table(reports))}\n\n{escape(basis)}"
 
 
 def _fill(name: str, verdict: str, arm: ArmSummary, report: Report | None) -> tuple[str, ...]:

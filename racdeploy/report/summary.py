@@ -5,6 +5,7 @@ from __future__ import annotations
 from racdeploy.report.pareto import describe_front
 from racdeploy.report.tables import format_with_units, to_single_line
 from racdeploy.results.answers import ArmSummary, Comparison
+from racdeploy.results.checks import JUDGED_BY_INTERVALS, is_clear
 from racdeploy.results.report import Report
 
 _NO_LOSS = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
@@ -12,13 +13,19 @@ _NO_LOSS_BETTER = "No measurable loss: {1:points} points more, at most {0.drop_u
 _UNSURE = "{1:points} points {2} right answers, not significant ({3})"
 _SAME = "As many right answers, but too few prompts to show that nothing was lost ({3})"
 _CHANGED = "{1:points} points {2} right answers ({3})"
-_INTERVAL = "{0.confidence:.0%} interval of the loss {0.drop_lower:points} to {0.drop_upper:points}"
+_INTERVAL = (
+    "{0.confidence:confidence} interval of the loss {0.drop_lower:points} to {0.drop_upper:points}"
+)
 _BASIS = "margin {0.margin:points}, {0.n:,} prompts"
 _LENGTH = (
     "Thinking is {1}: {0.length_ratio:ratio} times, "
     "{0.length_lower:ratio} to {0.length_upper:ratio}"
 )
 _LENGTH_LIMIT = " (limit {0.length_limit:.2f})"
+_STOPPED = (
+    "{1} after {0.n:,} of {0.planned:,} prompts: the intervals are those of this analysis "
+    "({0.confidence:confidence})."
+)
 _UNCLOSED = "Thoughts that never end: {0.unclosed:,} of {0.prompts:,}, {2} {1.unclosed:,}."
 _WIDENED = (
     "{0} {1[prompts]:.0f} prompts can show: the margin was widened to {1[margin]:points} points "
@@ -60,6 +67,7 @@ def write_findings(report: Report) -> str:
     sentences = [_name_causes(report)]
     if report.comparison:
         sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
+        sentences.append(describe_stop(report))
 
     dense, pruned = report.find_arm("dense"), report.find_arm("pruned")
     if dense and pruned and pruned.unclosed > dense.unclosed:
@@ -113,6 +121,16 @@ def describe_thinking(comparison: Comparison) -> str:
 
     limit = format_with_units(_LENGTH_LIMIT, comparison) if comparison.length_limit else ""
     return format_with_units(f"{_LENGTH}{limit}.", comparison, change)
+
+
+def describe_stop(report: Report) -> str:
+    """Return a sentence on when the questions ended; empty if all were asked at once."""
+    comparison = report.comparison
+    if comparison is None or comparison.planned is None:
+        return ""
+
+    verdicts = [check.verdict for check in report.checks if check.name in JUDGED_BY_INTERVALS]
+    return format_with_units(_STOPPED, comparison, "Clear" if is_clear(verdicts) else "Not clear")
 
 
 def describe_lost_zeros(report: Report) -> str:

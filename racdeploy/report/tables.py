@@ -19,7 +19,7 @@ from racdeploy.results.answers import HarnessRun
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.pruning import VECTORS_IN_F32, LinearRow, list_phase_ends
 from racdeploy.results.report import Report
-from racdeploy.results.units import format_points
+from racdeploy.results.units import format_confidence, format_points
 
 NONE = "–"
 """Cell of a figure that is not known."""
@@ -205,9 +205,10 @@ def format_figure(value: float) -> str:
 
 
 class _Units(string.Formatter):
-    """Formatter with a report's units: ``bytes``, ``format_points``, ``ratio`` and ``speed``.
+    """Formatter with a report's units.
 
-    None is printed as a dash.
+    These are ``bytes``, ``confidence``, ``points``, ``ratio`` and ``speed``. None is printed as a
+    dash.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -216,6 +217,7 @@ class _Units(string.Formatter):
 
         units = {
             "bytes": format_bytes,
+            "confidence": format_confidence,
             "points": format_points,
             "ratio": format_ratio,
             "speed": format_figure,

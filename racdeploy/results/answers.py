@@ -104,6 +104,8 @@ class Comparison(FrozenModel):
         length_limit: largest ratio that passes.
         length_budget_tokens: cap at which lengths are restricted, equal for both arms.
         confidence: level of both two-sided intervals; 0.90 makes each gate a one-sided 5 % test.
+        planned: prompts that might have been asked, if they were asked until the verdict was clear;
+            the level is then that of the last analysis. None if all are judged at once.
     """
 
     drop: Difference
@@ -120,6 +122,7 @@ class Comparison(FrozenModel):
     length_limit: PositiveFloat | None = None
     length_budget_tokens: PositiveCount | None = None
     confidence: OpenShare = 0.90
+    planned: PositiveCount | None = None
 
 
 class RivalRow(FrozenModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +11,8 @@ from racdeploy.results.schema import FrozenModel
 
 VerdictName = Literal["pass", "fail", "inconclusive"]
 CheckVerdict = Literal["pass", "fail", "inconclusive", "measured", "skipped"]
+JUDGED_BY_INTERVALS = ("accuracy", "thinking", "backends")
+"""Checks that more prompts may make clear."""
 
 
 class CheckResult(FrozenModel):
@@ -29,6 +31,11 @@ class CheckResult(FrozenModel):
     summary: str
     figures: dict[str, float | int | str] = Field(default_factory=dict)
     remedy: str = ""
+
+
+def is_clear(verdicts: Collection[CheckVerdict]) -> bool:
+    """Return whether one of the verdicts is a failure, or none asks for more prompts."""
+    return "fail" in verdicts or "inconclusive" not in verdicts
 
 
 def overall_verdict(checks: Iterable[CheckResult]) -> VerdictName:

@@ -147,6 +147,9 @@ class PowerPlan:
         discordant_share: expected share of prompts on which only one model is right.
         accuracy_power: probability that a model as good as the dense one passes.
         smallest_detectable_ratio: of thinking lengths; None for a single prompt.
+        judged_after: numbers of prompts after which a clear verdict ends the questions; empty if
+            all are asked at once.
+        expected_prompts: asked on average if both models are equally good; 0 for all.
     """
 
     evaluation_prompts: int
@@ -157,6 +160,8 @@ class PowerPlan:
     smallest_detectable_drop: float
     length_ratio: float
     smallest_detectable_ratio: float | None
+    judged_after: tuple[int, ...] = ()
+    expected_prompts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from racdeploy.report.tuning_files import write_tuning
 from racdeploy.report.tuning_tables import describe_limits
 from racdeploy.results.report import Report
 from racdeploy.results.tuning import Constraints, Estimate, Tuning
-from racdeploy.results.units import format_points
+from racdeploy.results.units import format_confidence, format_points
 from racdeploy.tuning.entries import Entry
 from racdeploy.tuning.race import Scores
 from racdeploy.tuning.search import Search
@@ -179,7 +179,7 @@ def write_verdict(
 
     more, fewer = format_points(gain.value), format_points(-gain.value)
     ends = f"{format_points(gain.lower)} to {format_points(gain.upper)} points"
-    interval = f"{confidence:.0%} interval {ends}"
+    interval = f"{format_confidence(confidence)} interval {ends}"
     compared = f"in accuracy the two are even ({more} points, {interval})"
     if gain.lower > 0:
         compared = f"{winner.name} answers {more} points more ({interval})"

@@ -19,7 +19,12 @@ from racdeploy.files.stages import Stage
 from racdeploy.files.writing import write_atomic
 from racdeploy.processes.heap import trim_heap
 from racdeploy.tasks import Problem
-from racdeploy.verification.answer_sampler import AnswerSampler, EngineFactory, SampledAnswers
+from racdeploy.verification.answer_sampler import (
+    NO_ANSWERS,
+    AnswerSampler,
+    EngineFactory,
+    SampledAnswers,
+)
 from racdeploy.verification.subject import Subject
 
 _LOG = "completions.jsonl"
@@ -40,6 +45,9 @@ class AnswerCache:
     keeps: bool = True
     _new: dict[Path, Stage] = field(default_factory=dict, init=False, compare=False)
     _repeated: dict[Path, Stage] = field(default_factory=dict, init=False, compare=False)
+    _asked: dict[tuple[Path, str], SampledAnswers] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
     def answer(
         self,
@@ -50,12 +58,14 @@ class AnswerCache:
         problems: Sequence[Problem],
         arm: str,
         inputs: Json,
+        is_interim: bool = False,
     ) -> SampledAnswers:
         """Answer the problems of which the cache has no answers, and return all answers.
 
         Args:
             arm: name of the model in the records.
             inputs: everything that a completion depends on, without the code and the engine's name.
+            is_interim: whether this run may ask more problems, which begin with these.
 
         Returns:
             The answers; if some are of a finished run, with the statistics of its engine.
@@ -64,21 +74,41 @@ class AnswerCache:
         code = {"version": base_version(__version__), "code": code_hash(__name__)}
         stage = Stage.open(self.work, "answers", {**code, "backend": subject.backend, **inputs})
         log = stage.folder / _LOG
-        costs = stage.folder / _COSTS
 
+        asked = (stage.folder, arm)
+        before = self._asked.get(asked, NO_ANSWERS)
         is_finished = stage.is_finished
-        if is_finished and self.repeats_finished:
+        if is_finished and self.repeats_finished and not before.records:
             log.unlink(missing_ok=True)
         if not self.keeps:
             self._borrow(stage)
 
+        samples = sampler.settings.samples
+        skipped = len(before.records) // samples
         try:
-            answers = sampler.answer(opener, problems, arm, CompletionLog(log))
+            later = sampler.answer(opener, problems, arm, CompletionLog(log), skipped=skipped)
         except BaseException:  # the program may live on, and another process resumes them
             stage.release()
             raise
 
-        if is_finished and not self.repeats_finished and answers.reused:
+        # Answers of this run's earlier steps are in memory: the log would count them as resumed.
+        answers = before.join(later)
+        if is_interim or before.records:
+            self._asked[asked] = answers
+        answers = answers.take(len(problems) * samples)
+
+        if is_interim:
+            if self.keeps:
+                stage.release()
+            return answers
+        return self._finish(stage, answers, was_finished=is_finished)
+
+    def _finish(
+        self, stage: Stage, answers: SampledAnswers, *, was_finished: bool
+    ) -> SampledAnswers:
+        """Record what the answers have cost; return them with the costs of a finished run."""
+        costs = stage.folder / _COSTS
+        if was_finished and not self.repeats_finished and answers.reused:
             counted = read_json(costs) if costs.is_file() else {}
             stage.release()
             stats = {name: float(value) for name, value in counted.get("stats", {}).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 from racdeploy.engines.completion_log import CompletionLog
@@ -33,6 +34,11 @@ TraceIds = tuple[Ids, Ids]
 """Prompt ids and completion ids."""
 DECODING_SETTINGS = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
 """Verification settings that a completion depends on."""
+_NOT_ADDED: dict[str, Callable[[Sequence[float]], float]] = {
+    "peak_rss_bytes": max,
+    "load_ms": itemgetter(0),
+}
+"""Counters of an engine that do not grow with its work."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,47 @@ class SampledAnswers:
     reused: int = 0
     kernels: str = ""
     reused_stats: Mapping[str, float] = field(default_factory=dict)
+
+    def join(self, later: SampledAnswers) -> SampledAnswers:
+        """Return these answers and those to later prompts of the same run, as if asked at once."""
+        if not later.records:
+            return self
+        reused = self.reused + later.reused
+        stats = {} if reused else add_stats(self.stats, later.stats)
+        return SampledAnswers(
+            records=self.records + later.records,
+            traces=self.traces + later.traces,
+            last_ids=(*self.last_ids, *later.last_ids),
+            stats=stats,
+            reused=reused,
+            kernels=later.kernels or self.kernels,
+        )
+
+    def take(self, answers: int) -> SampledAnswers:
+        """Return the first answers, with the figures of all."""
+        return replace(self, records=self.records[:answers], traces=self.traces[:answers])
+
+
+NO_ANSWERS = SampledAnswers(records=(), traces=())
+
+
+def add_stats(first: Mapping[str, float], later: Mapping[str, float]) -> dict[str, float]:
+    """Return the counters of an engine that was opened twice: sums, and the greatest memory.
+
+    It loads the second time from the memory of the system: the first time counts.
+    """
+    if not first:
+        return dict(later)
+
+    added = dict(first)
+    for name, value in later.items():
+        added[name] = first.get(name, 0.0) + value
+
+    for name, choose in _NOT_ADDED.items():
+        values = [stats[name] for stats in (first, later) if name in stats]
+        if values:
+            added[name] = choose(values)
+    return added
 
 
 @dataclass(frozen=True)
@@ -82,15 +129,19 @@ class AnswerSampler:
         problems: Sequence[Problem],
         arm: str,
         log: CompletionLog,
+        *,
+        skipped: int = 0,
     ) -> SampledAnswers:
         """Answer every problem; the engine is opened only if the log misses a completion.
 
         Args:
             arm: name in the records.
             log: earlier completions; new ones are appended.
+            skipped: first problems that were answered before; no answers to them are returned.
         """
         prompts = self._list_prompts(problems)
-        missing = [index for index, ids in enumerate(prompts) if not log.has(ids, index)]
+        indices = range(skipped * self.settings.samples, len(prompts))
+        missing = [index for index in indices if not log.has(prompts[index], index)]
 
         stats: Mapping[str, float] = {}
         kernels = ""
@@ -110,17 +161,18 @@ class AnswerSampler:
         records = []
         traces: list[TraceIds] = []
         last_ids: list[int] = []
-        for index, prompt in enumerate(prompts):
+        for index in indices:
+            prompt = prompts[index]
             completion = log.get(prompt, index)
             assert completion is not None, "the engine answered, or an earlier run did"
             problem = problems[index // self.settings.samples]
             record = self._make_record(arm, problem, index, prompt=prompt, completion=completion)
             records.append(record)
             last_ids += completion.ids[-1:]
-            if len(traces) < self.settings.logit_traces:
+            if index < self.settings.logit_traces:
                 traces.append((prompt, completion.ids))
 
-        reused = len(prompts) - len(missing)
+        reused = len(indices) - len(missing)
         if reused:
             stats = {}  # a speed over two runs means nothing
 

@@ -12,6 +12,7 @@ from racdeploy.files.toml import validate
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import Manifest
 from racdeploy.recipe import Recipe, Verification
+from racdeploy.recipe.section import MAX_PROMPTS
 from racdeploy.report.files import read_records, read_report
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
@@ -62,6 +63,14 @@ class Baseline:
     def problems(self) -> list[Problem]:
         """Problems of the bundle's verification, in prompt order."""
         return list_problems(self.dense)
+
+    @property
+    def planned(self) -> int:
+        """Prompts that the verification might have asked; it may have been clear earlier."""
+        asked = len(self.problems)
+        comparison = self.report.comparison
+        planned = comparison.planned if comparison else None
+        return min(max(asked, planned or 0), MAX_PROMPTS)
 
     def check_model(self, manifest: Manifest) -> None:
         """Refuse the answers of another dense model.

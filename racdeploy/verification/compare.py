@@ -20,7 +20,7 @@ from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.plan import ComparisonPlan, Plan
 from racdeploy.results.report import COMPARED_ROLES, Report
 from racdeploy.runtime.deployed import DeployedModel, is_url
-from racdeploy.verification.evidence import Findings, StopIds
+from racdeploy.verification.evidence import ArmResult, Evidence, Findings, StopIds
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.measurements import encode_probes, probe_prompts, probe_tokens
 from racdeploy.verification.plan import Expectation
@@ -109,7 +109,7 @@ class ModelComparison:
 
         with self.examiner.until_judged():
             if isinstance(reference, DeployedModel):
-                reference = self.examiner.record(reference, self.tasks)
+                reference = self.examiner.begin().record(reference, self.tasks)
             return [self._compare(model, reference) for model in self.candidates]
 
     def _announce_other_tokens(self) -> None:
@@ -125,6 +125,35 @@ class ModelComparison:
     def _compare(
         self, model: DeployedModel, reference: Reference
     ) -> tuple[Report, list[AnswerRecord]]:
+        subject = Subject.from_deployed(model)
+
+        def weigh(examiner: Examiner) -> Evidence:
+            dense = self._ask_reference(examiner, reference)
+            pruned, _ = examiner.answer(subject, "pruned")
+            findings = Findings(roles=COMPARED_ROLES)
+            return examiner.weigh(subject, dense, pruned, findings)
+
+        examiner = self.examiner.stop_when_clear(weigh)
+        arm = self._ask_reference(examiner, reference)
+        answered = reference.model_copy(update={"arm": arm})
+        return self._report(model, subject, examiner, answered)
+
+    def _ask_reference(self, examiner: Examiner, known: Reference) -> ArmResult:
+        """Return the reference's answers to an examiner's prompts; ask where some are missing."""
+        prompts = len(examiner.problems)
+        last = known.arm.records[-1]
+        is_known = last.prompt + 1 >= prompts
+        if is_known or isinstance(self.reference, Reference):
+            return known.arm.take(prompts)
+
+        subject = Subject.from_deployed(self.reference)
+        arm, _ = examiner.answer(subject, "dense")
+        return arm
+
+    def _report(
+        self, model: DeployedModel, subject: Subject, examiner: Examiner, reference: Reference
+    ) -> tuple[Report, list[AnswerRecord]]:
+        """Return the report on a candidate, whose answers are clear, and the records."""
         encoder, tokenizer = model.encoder, model.settings.tokenizer
         # Both templates, beginning-of-sequence included.
         asked = {record.question: record.prompt_ids for record in reference.arm.records}
@@ -136,9 +165,8 @@ class ModelComparison:
             roles=COMPARED_ROLES,
             skip_reasons=_NOT_PRUNED,
         )
-        subject = Subject.from_deployed(model)
-        evidence, notes = self.examiner.examine(subject, reference, findings)
-        settings = self.examiner.settings.model_dump(mode="json")
+        evidence, notes = examiner.examine(subject, reference, findings)
+        settings = examiner.settings.model_dump(mode="json")
         return build_report(
             evidence,
             notes,
@@ -146,5 +174,5 @@ class ModelComparison:
             model=model.name,
             target=model.entry.backend,
             reference=reference.name,
-            fingerprint=self.examiner.fingerprint(model.url),
+            fingerprint=examiner.fingerprint(model.url),
         )

@@ -7,7 +7,7 @@ class ``Limits``, its table in the gate. ``run_checks`` runs every file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -69,6 +69,11 @@ class ArmResult:
         """Tokens decoded per second; None if not measured."""
         decode_s = self.stats.get("decode_s")
         return self.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None
+
+    def take(self, prompts: int) -> ArmResult:
+        """Return the arm with its answers to the first prompts."""
+        records = tuple(record for record in self.records if record.prompt < prompts)
+        return replace(self, records=records)
 
     def count(self, predicate: Predicate) -> int:
         """Count the records for which a test holds."""
@@ -231,6 +236,7 @@ class Evidence(Findings):
 
     Args:
         artifact_files: recorded SHA-256 of each file, by its path from the main file's folder.
+        planned: prompts that might have been asked; 0 if they are judged once.
     """
 
     settings: Verification
@@ -240,6 +246,7 @@ class Evidence(Findings):
     backend: str = ""
     artifact: Path = Path()
     artifact_files: Mapping[str, str] = field(default_factory=dict)
+    planned: int = 0
 
     def choose(self, built: str, compared: str) -> str:
         """Return the words for a bundle, or those for a comparison of other models."""

@@ -5,7 +5,7 @@ Answers are kept in the work folder until all are judged, so that an interrupted
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,15 +35,21 @@ from racdeploy.verification.evidence import (
     TokenProbe,
 )
 from racdeploy.verification.gate import Gate
+from racdeploy.verification.interim import (
+    JUDGED_BY_ANSWERS,
+    ask_until_clear,
+    fit_gate,
+    list_analyses,
+)
 from racdeploy.verification.measurements import encode_probes, fingerprint, probe_tokens
 from racdeploy.verification.plan import Expectation, plan_power
 from racdeploy.verification.reference import Reference
+from racdeploy.verification.stats.group_sequential import Analysis
 from racdeploy.verification.subject import Subject
 from racdeploy.verification.top_logits import average, compare_top_logits, record_top_logits
 
 ServerApi = Literal["chat", "completions"]
 _MAX_LOGIT_TOKENS = 256  # of an answer, whose logits are compared
-_JUDGED_BY_SERVER = ("accuracy", "thinking")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,9 @@ class Examiner:
 
     Args:
         cache: of the answers.
+        planned: number of all prompts, if these problems are the first of them that are asked until
+            the verdict is clear; else 0.
+        is_interim: whether more problems may be asked later, which begin with these.
     """
 
     problems: Sequence[Problem]
@@ -78,12 +87,59 @@ class Examiner:
     engine: EngineSettings
     progress: Progress | None = None
     server: ServerOptions = field(default_factory=ServerOptions)
+    planned: int = 0
+    is_interim: bool = False
+
+    @property
+    def analyses(self) -> tuple[Analysis, ...]:
+        """Analyses of the answers, in order; the last one is of all problems that can be asked."""
+        planned = self.planned or len(self.problems)
+        prompts = len(self.problems)
+
+        possible = []
+        for analysis in list_analyses(self.settings, self.gate, planned):
+            if analysis.prompts <= prompts:
+                possible.append(analysis)
+        if not possible:
+            possible.append(Analysis(prompts, self.gate.confidence))
+        return tuple(possible)
+
+    def take(self, analysis: Analysis, *, is_interim: bool = False) -> Examiner:
+        """Return the examiner that asks and judges up to an analysis."""
+        planned = self.planned
+        if len(self.analyses) > 1:
+            planned = planned or len(self.problems)
+
+        return replace(
+            self,
+            problems=self.problems[: analysis.prompts],
+            gate=fit_gate(self.gate, analysis),
+            planned=planned,
+            is_interim=is_interim,
+        )
+
+    def begin(self) -> Examiner:
+        """Return the examiner of the first analysis."""
+        first, *later = self.analyses
+        return self.take(first, is_interim=bool(later))
+
+    def stop_when_clear(self, weigh: Callable[[Examiner], Evidence]) -> Examiner:
+        """Ask until the verdict is clear; return the examiner of the prompts that were asked.
+
+        Args:
+            weigh: asks both models with the examiner of an interim analysis.
+        """
+
+        def weigh_at(analysis: Analysis) -> Evidence:
+            return weigh(self.take(analysis, is_interim=True))
+
+        return self.take(ask_until_clear(self.analyses, weigh_at))
 
     def plan(self, models: Sequence[DeployedModel], expected: Expectation) -> Plan:
         """Return costs and power; raise UsageError for what would fail after the first answers."""
         for model in models:
             self.check_lengths(model)
-            if model.url and not all(map(self.gate.is_enabled, _JUDGED_BY_SERVER)):
+            if model.url and not all(map(self.gate.is_enabled, JUDGED_BY_ANSWERS)):
                 raise UsageError(
                     "gate-lacks-checks",
                     "the gate omits accuracy or thinking, the checks that a server can be verified "
@@ -93,7 +149,7 @@ class Examiner:
 
         settings, prompts = self.settings, len(self.problems)
         answers = prompts * settings.samples * len(models)
-        power = plan_power(settings, self.gate, expected, prompts)
+        power = plan_power(settings, self.gate, expected, self.analyses)
         return Plan(tokens_at_most=answers * settings.max_new_tokens, power=power)
 
     def check_lengths(self, model: DeployedModel) -> None:
@@ -141,6 +197,7 @@ class Examiner:
             problems=problems or self.problems,
             arm=arm,
             inputs=self.identify(subject),
+            is_interim=self.is_interim,
         )
         result = ArmResult(
             name=arm,
@@ -251,6 +308,7 @@ class Examiner:
             backend=subject.backend,
             artifact=subject.file,
             artifact_files=subject.files,
+            planned=self.planned,
         )
 
     @contextmanager
@@ -311,7 +369,7 @@ def _limit_to_server(
     findings: Findings, subject: Subject, probes: tuple[TokenProbe, ...] | None
 ) -> Findings:
     """Return the findings with a reason for every check that a server gives no evidence for."""
-    hidden = {*plugins.list_names("checks")} - {*_JUDGED_BY_SERVER, "tokens"}
+    hidden = {*plugins.list_names("checks")} - {*JUDGED_BY_ANSWERS, "tokens"}
     reasons = dict.fromkeys(hidden, "the files behind a server cannot be read")
     if probes is None:
         reasons["tokens"] = "the server has no endpoint for tokenizing"

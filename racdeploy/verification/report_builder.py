@@ -130,6 +130,7 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
         length_limit=evidence.gate.limits(thinking.Limits).length_ratio,
         length_budget_tokens=evidence.budget_tokens,
         confidence=evidence.gate.confidence,
+        planned=evidence.planned or None,
         **length,
     )
 

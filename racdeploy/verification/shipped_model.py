@@ -19,8 +19,9 @@ from racdeploy.exporting import MeasuredTensor
 from racdeploy.files.reading import Json
 from racdeploy.models.families import Family
 from racdeploy.results.pruning import LinearRow, TensorRow
-from racdeploy.verification.evidence import Findings, OtherArtifact
+from racdeploy.verification.evidence import ArmResult, Evidence, Findings, OtherArtifact
 from racdeploy.verification.examiner import Examiner
+from racdeploy.verification.interim import needs_no_more
 from racdeploy.verification.measurements import (
     probe_shipped_prompts,
     read_stop_ids,
@@ -168,6 +169,27 @@ class ShippedModel:
             other = OtherArtifact(arm, subject.backend, subject.path, subject.files)
             answered.append((other, answers.reused))
         return answered
+
+    def weigh_interim(self, examiner: Examiner, dense: ArmResult) -> Evidence:
+        """Return the evidence of an interim analysis.
+
+        Other engines are asked only where the first artifact needs no more prompts: else they
+        would answer what may not be used.
+
+        Args:
+            examiner: of the prompts of the analysis.
+            dense: answers to them.
+        """
+        subject = self.main.subject
+        pruned, _ = examiner.answer(subject, "pruned")
+        evidence = examiner.weigh(subject, dense, pruned, Findings())
+        if len(self.artifacts) == 1 or not needs_no_more(evidence):
+            return evidence
+
+        others = []
+        for other, _ in self.answer_others(examiner):
+            others.append(other)
+        return replace(evidence, other_artifacts=tuple(others))
 
 
 def _refuse_unreadable(path: Path, tensor: MeasuredTensor) -> ArtifactError:

@@ -104,6 +104,21 @@ def test_enough_prompts_need_no_advice(tmp_path: Path, monkeypatch: pytest.Monke
     assert "advice" not in list_groups(_plan(monkeypatch, tmp_path, "--prompts", "300"))
 
 
+def test_a_plan_says_when_the_questions_may_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And how many are expected; a recipe may ask for all of them."""
+    many = ("--prompts", "1000")
+    expected = (
+        "judged after 64, 128, 256, 512 prompts, until it is clear: asks 1000 at most, about 600 "
+        "if both models are equally good"
+    )
+    assert expected in list_groups(_plan(monkeypatch, tmp_path, *many))["verifies"]
+
+    at_once = _plan(monkeypatch, tmp_path, *many, "--set", "verify.sequential=false")
+    assert not any("judged after" in line for line in list_groups(at_once)["verifies"])
+
+
 def test_a_stage_without_enough_memory_is_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what it needs and what is free; nothing where the system does not say."""
     pruning = PruningPlan(prune_tokens=8, prune_memory_bytes=3 << 30, is_bound=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from racdeploy.results.schema import OpenShare
-from racdeploy.results.units import format_points
+from racdeploy.results.units import format_confidence, format_points
 from racdeploy.verification import gate
 from racdeploy.verification.evidence import Evidence, Outcome, is_correct
 from racdeploy.verification.stats import paired, verdicts
@@ -76,7 +76,8 @@ def check(evidence: Evidence) -> Outcome:
 def describe_drop(drop: float, interval: verdicts.ConfidenceInterval, limits: gate.Gate) -> str:
     """Return a drop of right answers with its interval and its limit, in points."""
     lower, upper, margin = map(format_points, (*interval, limits.limits(Limits).margin))
+    confidence = format_confidence(limits.confidence)
     return (
-        f"drop {format_points(drop)} points, {limits.confidence:.0%} interval {lower} to {upper}, "
+        f"drop {format_points(drop)} points, {confidence} interval {lower} to {upper}, "
         f"limit {margin}"
     )

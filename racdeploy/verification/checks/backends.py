@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from racdeploy.results.schema import OpenShare
-from racdeploy.results.units import format_points
+from racdeploy.results.units import format_confidence, format_points
 from racdeploy.verification import gate
 from racdeploy.verification.evidence import (
     ArmResult,
@@ -85,7 +85,7 @@ def _compare(evidence: Evidence, arm: ArmResult, backend: str) -> Outcome:
 
     summary = (
         f"{backend} {arm.quant} against {evidence.backend} {main.quant}: "
-        f"drop {format_points(pairs.drop)} points, {confidence:.0%} interval "
+        f"drop {format_points(pairs.drop)} points, {format_confidence(confidence)} interval "
         f"{format_points(interval.lower)} to {format_points(interval.upper)}, "
         f"limit ±{format_points(limits.margin)}; same answer to {same_answer:.1%} of the prompts, "
         f"same text to {same_text:.1%}; "

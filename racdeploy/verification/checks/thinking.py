@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import PositiveFloat
 
 from racdeploy.results.schema import OpenShare
+from racdeploy.results.units import format_confidence
 from racdeploy.verification import gate
 from racdeploy.verification.evidence import (
     FAULTS,
@@ -92,7 +93,7 @@ def check(evidence: Evidence) -> Outcome:
 
     summary = (
         f"{because}{'thinking' if thinks else 'completion'} length ratio {ratio.ratio:.3f}, "
-        f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
+        f"{format_confidence(confidence)} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
         f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(dense.records):,}"
     )
 
