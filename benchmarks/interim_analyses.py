@@ -4,6 +4,9 @@ analyses that spend the error as O'Brien and Fleming or as Pocock did.
 A false pass is counted if a check passes at *any* analysis, the most that any rule to stop can make
 of it. A comparison ends where all checks pass or one fails.
 
+The rows of the plan "racdeploy" are made by the code that judges builds: each pair is two arms of
+recorded answers, and a false pass is one of the report.
+
     python benchmarks/interim_analyses.py --pairs 2000
 """
 
@@ -13,22 +16,36 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import plugins
+from racdeploy.recipe import Verification
 from racdeploy.verification.checks import accuracy, thinking
+from racdeploy.verification.evidence import ArmResult, Evidence, Outcome
 from racdeploy.verification.gate import read_gate
+from racdeploy.verification.interim import (
+    JUDGED_BY_ANSWERS,
+    ask_until_clear,
+    fit_gate,
+    list_analyses,
+)
+from racdeploy.verification.stats import paired
 from racdeploy.verification.stats.distributions import Floats, student_quantile
 from racdeploy.verification.stats.group_sequential import (
+    MIN_PROMPTS,
     Analysis,
     list_counts,
     share_error,
     spend_like_obrien_fleming,
 )
 from racdeploy.verification.stats.paired import drop_interval
+from racdeploy.verification.stats.verdicts import worst
 
 MARGIN = read_gate().limits(accuracy.Limits).margin
 LENGTH_LIMIT = read_gate().limits(thinking.Limits).length_ratio
@@ -65,6 +82,18 @@ SCENARIOS = {
 }
 
 
+class Answer(NamedTuple):
+    """What checks read of the record of an answer."""
+
+    prompt: int
+    correct: bool
+    thinking_tokens: int
+    state: str
+    finish_reason: str
+    answer_tokens: int = 4
+    loop_tokens: int = 0
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Answers of P pairs of models to N prompts, in the order in which they are asked."""
@@ -90,6 +119,20 @@ class Pairs:
         endless_2PN = generator.random((2, *shape)) < scenario.endless
         tokens_2PN = np.where(endless_2PN, _BUDGET_TOKENS, np.minimum(tokens_2PN, _BUDGET_TOKENS))
         return cls(right_2PN, tokens_2PN, endless_2PN)
+
+    def record(self, pair: int) -> tuple[ArmResult, ArmResult]:
+        """Return both models of a pair with their answers."""
+        arms = []
+        for model in range(2):
+            columns = (self.right_2PN, self.tokens_2PN, self.endless_2PN)
+            rows = [column[model, pair].tolist() for column in columns]
+            records = []
+            for prompt, (right, tokens, is_endless) in enumerate(zip(*rows, strict=True)):
+                state = "open" if is_endless else "closed"
+                reason = "length" if is_endless else "stop"
+                records.append(Answer(prompt, right, int(tokens), state, finish_reason=reason))
+            arms.append(ArmResult("dense", tuple(records)))  # type: ignore[arg-type]
+        return arms[0], arms[1]
 
     def judge(self, analysis: Analysis) -> dict[str, NDArray[np.int64]]:
         """Return the verdicts of every pair by check: pass, inconclusive or fail."""
@@ -136,13 +179,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--prompts", type=int, nargs="+", default=[200, 1000])
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     arguments = parser.parse_args()
 
     for prompts in arguments.prompts:
         plans = list_plans(prompts)
         for plan, analyses in plans.items():
             print(json.dumps({"plan": plan, "analyses": analyses}))
-        for name, scenario in SCENARIOS.items():
+        for name in arguments.scenarios:
+            scenario = SCENARIOS[name]
             for plan, found in simulate(scenario, plans, prompts, arguments.pairs).items():
                 row = {
                     "prompts": prompts,
@@ -154,6 +199,67 @@ def main() -> None:
                     "mean prompts": round(found.prompts / found.pairs, 1),
                 }
                 print(json.dumps(row), flush=True)
+            if prompts >= MIN_PROMPTS:
+                decided = asdict(decide(scenario, prompts, arguments.pairs))
+                row = {"prompts": prompts, "pairs": name, "plan": "racdeploy", **decided}
+                print(json.dumps(row), flush=True)
+
+
+@dataclass
+class Decisions:
+    """What racdeploy decides on some pairs.
+
+    Args:
+        passed, failed: pairs whose report has this verdict.
+        passes: pairs whose report lets a check pass, by check.
+        asked: prompts of each pair on average.
+    """
+
+    pairs: int
+    passed: int = 0
+    failed: int = 0
+    passes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(JUDGED_BY_ANSWERS, 0))
+    asked: float = 0.0
+
+    def count(self, evidence: Evidence) -> None:
+        """Count the verdicts on one pair."""
+        verdicts = {}
+        for name in JUDGED_BY_ANSWERS:
+            outcome: Outcome = plugins.load("checks", name).check(evidence)
+            verdicts[name] = outcome.verdict
+            self.passes[name] += outcome.verdict == "pass"
+
+        verdict = worst(verdicts.values())
+        self.passed += verdict == "pass"
+        self.failed += verdict == "fail"
+        self.asked += evidence.prompt_count / self.pairs
+
+
+# The remedy of an open verdict names a number of prompts, which would take most of the time.
+@mock.patch.object(paired, "find_min_prompts", cache(paired.find_min_prompts))
+def decide(scenario: Scenario, prompts: int, pairs: int) -> Decisions:
+    """Judge pairs as builds are judged: ask until it is clear, then report."""
+    settings = Verification(count=prompts, max_new_tokens=_BUDGET_TOKENS)
+    gate = read_gate()
+    analyses = list_analyses(settings, gate, prompts)
+    decisions = Decisions(pairs)
+    for seed, start in enumerate(range(0, pairs, _BLOCK_PAIRS)):
+        block = Pairs.simulate(scenario, min(_BLOCK_PAIRS, pairs - start), prompts, seed)
+        for pair in range(block.right_2PN.shape[1]):
+            dense, pruned = block.record(pair)
+
+            def weigh(
+                analysis: Analysis, dense: ArmResult = dense, pruned: ArmResult = pruned
+            ) -> Evidence:
+                return Evidence(
+                    settings=settings,
+                    gate=fit_gate(gate, analysis),
+                    dense=dense.take(analysis.prompts),
+                    pruned=pruned.take(analysis.prompts),
+                )
+
+            decisions.count(weigh(ask_until_clear(analyses, weigh)))
+    return decisions
 
 
 def list_plans(prompts: int) -> dict[str, tuple[Analysis, ...]]:

@@ -16,11 +16,13 @@ from benchmarks.interim_analyses import (
     LENGTH_LIMIT,
     SCENARIOS,
     Pairs,
+    decide,
     judge_lengths,
     list_plans,
     simulate,
     spend_like_pocock,
 )
+from racdeploy.verification.stats import group_sequential
 from racdeploy.verification.stats.distributions import binomial_cdf
 from racdeploy.verification.stats.group_sequential import (
     FIRST_ANALYSIS,
@@ -41,6 +43,7 @@ PUBLISHED = {
     spend_like_pocock: [2.4380, 2.4268, 2.4102, 2.3966, 2.3860],
 }
 PAIRS = 400
+DECIDED_PAIRS = 120  # judged one by one
 
 
 @pytest.mark.parametrize("spend", PUBLISHED)
@@ -104,9 +107,37 @@ def test_a_model_at_a_limit_rarely_passes_at_any_analysis(name: str, check: str)
     plans = {"early": list_plans(512)["O'Brien-Fleming"]}
     found = simulate(SCENARIOS[name], plans, 512, PAIRS)["early"]
 
-    counts = np.arange(PAIRS + 1)
-    most = int(np.argmax(binomial_cdf(counts, PAIRS, 0.05) >= 0.95))
-    assert found.false_passes[check] <= most
+    assert found.false_passes[check] <= _most_passes(PAIRS)
+
+
+def _most_passes(pairs: int) -> int:
+    """Return how many of the pairs pass with an error of 5 %, but for a probability of 5 %."""
+    counts = np.arange(pairs + 1)
+    return int(np.argmax(binomial_cdf(counts, pairs, 0.05) >= 0.95))
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [("accuracy at its limit", "accuracy"), ("length at its limit", "thinking")]
+)
+def test_reports_rarely_let_a_model_at_a_limit_pass(
+    name: str, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code that asks and judges builds, on recorded answers.
+
+    An error of 5 % explains more passes than the bound with a probability of at most 5 %. Judged
+    with the gate's own confidence at every analysis, models at a limit pass about 14 % of the time.
+    """
+    monkeypatch.setattr(group_sequential, "MIN_PROMPTS", 512)
+    found = decide(SCENARIOS[name], 512, DECIDED_PAIRS)
+    assert found.passes[check] <= _most_passes(DECIDED_PAIRS)
+    assert found.asked > 0.9 * 512
+
+
+def test_equal_models_are_asked_as_few_prompts_as_simulated() -> None:
+    """By the code that asks and judges builds; 598 of 1,000 on average, from 512 to 1,000."""
+    found = decide(SCENARIOS["equal"], 1000, 20)
+    assert (found.passed, found.failed) == (20, 0)
+    assert 400 <= found.asked <= 750
 
 
 def test_equal_models_pass_as_often_with_fewer_prompts() -> None:
