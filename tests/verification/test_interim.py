@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from racdeploy.engines.engine import Completion, EngineSettings, OnTokens, Sampling
+from racdeploy.models.family_lookup import find_family
 from racdeploy.recipe import Verification
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
@@ -23,11 +24,13 @@ from racdeploy.verification.evidence import Evidence, Findings
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.gate import read_gate
 from racdeploy.verification.report_builder import build_report
+from racdeploy.verification.shipped_model import ShippedArtifact, ShippedModel
 from racdeploy.verification.stats import group_sequential
 from racdeploy.verification.subject import Subject
 from tests.support.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
 EOS = SPECIAL_TOKENS["<|im_end|>"]
+FAMILY = find_family({"model_type": "qwen3"})
 CLOSE = SPECIAL_TOKENS["</think>"]
 PROMPTS = 64
 CLEAR_AFTER = 32
@@ -92,12 +95,15 @@ class Bench:
     """Two models and an examiner of both.
 
     Args:
+        lost: prompts that the second model answers wrong.
+        other_lost: those of the same model on another engine; None for one engine.
         asked: indices of the prompts in the order of asking, by model.
     """
 
     folder: Path
     encoder: PromptEncoder
     lost: Collection[int] = ()
+    other_lost: Collection[int] | None = None
     settings: Verification = field(
         default_factory=lambda: Verification(count=PROMPTS, max_new_tokens=1024)
     )
@@ -110,7 +116,7 @@ class Bench:
         """Open the engine of a model."""
         name = subject.quant
         asked = self.asked.setdefault(name, [])
-        lost = self.lost if name == "pruned" else ()
+        lost = {"pruned": self.lost, "other": self.other_lost or ()}.get(name, ())
         dies_after = self.dies_after if name == "pruned" else 10**9
         return nullcontext(KnowingEngine(self.encoder, lost, asked, dies_after))
 
@@ -139,22 +145,42 @@ class Bench:
     def judge(self) -> tuple[Report, Evidence, list[int]]:
         """Ask until it is clear; return report and evidence, and how many answers were reused."""
         examiner = self.make_examiner()
-        dense, pruned = map(self.make_subject, ("dense", "pruned"))
+        dense = self.make_subject("dense")
+        shipped = self.ship()
+        pruned = shipped.main.subject
 
         def weigh(step: Examiner) -> Evidence:
-            first, _ = step.answer(dense, "dense")
-            second, _ = step.answer(pruned, "pruned")
-            return step.weigh(pruned, first, second, Findings())
+            arm, _ = step.answer(dense, "dense")
+            return shipped.weigh_interim(step, arm)
 
         with examiner.until_judged():
             stopped = examiner.stop_when_clear(weigh)
             first, answers = stopped.answer(dense, "dense")
-            second, others = stopped.answer(pruned, "pruned")
+            second, more_answers = stopped.answer(pruned, "pruned")
+            others = [other for other, _ in shipped.answer_others(stopped)]
             skipped = dict.fromkeys(("integrity", "sparsity", "template", "tokens", "logits"), "")
-            findings = Findings(skip_reasons=skipped)
+            findings = Findings(skip_reasons=skipped, other_artifacts=tuple(others))
             evidence = stopped.weigh(pruned, first, second, findings)
             report, _ = build_report(evidence, [], model="m", target="t")
-        return report, evidence, [answers.reused, others.reused]
+        return report, evidence, [answers.reused, more_answers.reused]
+
+    def ship(self) -> ShippedModel:
+        """Return the second model in its artifacts."""
+        names = ["pruned"] if self.other_lost is None else ["pruned", "other"]
+        artifacts = [
+            ShippedArtifact(
+                subject=self.make_subject(name), family=FAMILY, format="gguf", packing="plain"
+            )
+            for name in names
+        ]
+        return ShippedModel(
+            artifacts=artifacts,
+            prompt_ids={},
+            eos_ids=(EOS,),
+            requested_sparsity=0.5,
+            linears=(),
+            token_differences=0.0,
+        )
 
 
 @pytest.fixture
@@ -163,6 +189,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     write_tokenizer(tmp_path)
     made = Bench(tmp_path, PromptEncoder.from_folder(tmp_path))
     monkeypatch.setattr(Subject, "open", lambda *given: made.open(*given))
+    monkeypatch.setattr(ShippedArtifact, "measured", lambda artifact: artifact.subject)
     monkeypatch.setattr(group_sequential, "MIN_PROMPTS", PROMPTS)
     monkeypatch.setattr(group_sequential, "FIRST_ANALYSIS", 16)
     return made
@@ -186,6 +213,42 @@ def test_a_clear_verdict_ends_the_questions(
     assert report.verdict == verdict
     assert reused == [0, 0]
     assert bench.asked == {"dense": list(range(prompts)), "pruned": list(range(prompts))}
+
+
+@pytest.mark.parametrize(
+    ("other_lost", "verdict", "asked"),
+    [((), "pass", CLEAR_AFTER), (DOUBTFUL, "inconclusive", PROMPTS), (ALL, "fail", CLEAR_AFTER)],
+    ids=["good", "doubtful", "broken"],
+)
+def test_another_engine_is_asked_once_the_first_is_clear(
+    bench: Bench, other_lost: Collection[int], verdict: str, asked: int
+) -> None:
+    """Not before; where the engines may differ, all are asked more."""
+    bench.gate = {"backends": {"margin": 0.2}}
+    bench.other_lost = other_lost
+    report, _, _ = bench.judge()
+    assert report.verdict == verdict
+    assert {name: len(indices) for name, indices in bench.asked.items()} == {
+        "dense": asked,
+        "pruned": asked,
+        "other": asked,
+    }
+
+
+def test_another_engine_is_not_asked_before(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first one is not clear, its answers could not end anything."""
+    bench.lost = DOUBTFUL
+    bench.other_lost = DOUBTFUL
+    steps = []
+    answer_others = ShippedModel.answer_others
+
+    def count(shipped: ShippedModel, examiner: Examiner) -> Any:
+        steps.append(len(examiner.problems))
+        return answer_others(shipped, examiner)
+
+    monkeypatch.setattr(ShippedModel, "answer_others", count)
+    bench.judge()
+    assert steps == [PROMPTS]
 
 
 def test_the_interval_is_that_of_the_last_analysis(bench: Bench) -> None:
