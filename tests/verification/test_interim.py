@@ -109,6 +109,7 @@ class Bench:
     )
     gate: dict[str, Any] = field(default_factory=dict)
     keeps: bool = False
+    repeats: bool = False
     dies_after: int = 10**9
     asked: dict[str, list[int]] = field(default_factory=dict)
 
@@ -138,7 +139,7 @@ class Bench:
             PROBLEMS,
             self.settings,
             read_gate(None, LIMITS | self.gate),
-            AnswerCache(self.folder / "work", keeps=self.keeps),
+            AnswerCache(self.folder / "work", repeats_finished=self.repeats, keeps=self.keeps),
             engine=EngineSettings(),
         )
 
@@ -289,6 +290,20 @@ def test_all_prompts_are_asked_at_once(bench: Bench, changed: dict[str, Any]) ->
     assert report.comparison
     assert (report.comparison.n, report.comparison.planned) == (PROMPTS, None)
     assert evidence.gate.confidence == CONFIDENCE
+
+
+def test_figures_that_have_to_be_new_are_of_all_steps(bench: Bench) -> None:
+    """A build that asks a finished one's prompts again keeps its own answers of every step."""
+    bench.keeps = True
+    bench.judge()
+
+    bench.repeats = True
+    _, evidence, reused = bench.judge()
+    assert reused == [0, 0]
+    assert evidence.pruned.stats["generated_tokens"] == CLEAR_AFTER
+
+    bench.repeats = False
+    assert bench.judge()[2] == [CLEAR_AFTER, CLEAR_AFTER]
 
 
 def test_few_prompts_are_judged_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
