@@ -22,7 +22,7 @@ from racdeploy.errors import UsageError
 from racdeploy.files.caches import default_work_folder
 from racdeploy.manifest import Manifest
 from racdeploy.pipeline.build import Build
-from racdeploy.pipeline.job import Job, fit_context
+from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.recipe_settings import nest_settings
@@ -66,7 +66,7 @@ def main() -> None:
 
     tuning = read_tuning(arguments.tuned / FILE)
     recipe = Recipe.model_validate(read_report(arguments.tuned).recipe)
-    job = fit_context(Job(recipe))
+    job = Job(recipe)
     (entry, *_) = Manifest.read(arguments.tuned).artifacts
     max_bytes = tuning.constraints.max_bytes or entry.size_bytes
     records = read_records(arguments.tuned)

@@ -25,6 +25,7 @@ class CalibrationSettings(TypedDict, total=False):
     """Settings of ``calibration``."""
 
     source: str | None
+    max_tokens: int
 
 
 class StructureSettings(TypedDict, total=False):

@@ -38,7 +38,7 @@ from racdeploy.verification.top_logits import (
 
 BACKEND = "llamacpp"
 TRACE_QUANT = "q8_0"
-"""Number format of the files: near enough to torch, and twice as fast as 16 bits on two cores
+"""Number format of the files: near enough to torch, and twice as fast as transformers on two cores
 (benchmarks/RESULTS.md, "Engines for the traces")."""
 _STAGE = "trace-file"
 _COMPARED_PROMPTS = 4
