@@ -59,7 +59,7 @@ def test_processor_time_is_kept_for_each_test(tmp_path: Path, workers: tuple[str
 
     (file,) = sum_by_file([tmp_path / "junit.xml"]).values()
     assert file.cases == 2
-    assert file.processor_s >= 0.3
+    assert file.processor_s > 0.25  # of 0.3; the clock counts steps of 0.01 s in each test
     assert list_rows({"test_busy": file})[1].endswith("2  test_busy")
 
 

@@ -12,7 +12,7 @@ from racdeploy.errors import EnvironmentFailure
 from racdeploy.files.partials import make_sibling_name, remove_abandoned
 
 _TIMEOUT_S = 0.2  # is_folder_in_use of another process holds a lock for a moment
-_locks: dict[Path, FileLock] = {}  # held until release, or the end of the process
+_locks: dict[Path, FileLock] = {}  # by resolved path; until release, or the end of the process
 
 
 def lock_folder(folder: Path) -> None:
@@ -21,7 +21,8 @@ def lock_folder(folder: Path) -> None:
     Raises:
         EnvironmentFailure: this process has locked another folder, for which that one may wait.
     """
-    if folder in _locks:
+    resolved = folder.resolve()
+    if resolved in _locks:
         return
 
     lock = FileLock(folder / ".lock", timeout=_TIMEOUT_S, thread_local=False)
@@ -36,12 +37,12 @@ def lock_folder(folder: Path) -> None:
         logging.getLogger("racdeploy").info(f"{in_use}: waiting until it is done")
         lock.acquire(timeout=-1)
 
-    _locks[folder] = lock
+    _locks[resolved] = lock
 
 
 def release_folder(folder: Path) -> None:
     """Release the lock of a folder, if this process holds it."""
-    if lock := _locks.pop(folder, None):
+    if lock := _locks.pop(folder.resolve(), None):
         lock.release()
 
 
@@ -61,7 +62,7 @@ def remove_locked_folder(folder: Path) -> None:
 
 def is_folder_in_use(folder: Path) -> bool:
     """Return whether another process works in a folder; True if unknown."""
-    if folder in _locks:
+    if folder.resolve() in _locks:
         return False
 
     file = folder / ".lock"

@@ -23,7 +23,7 @@ from tests.support.errors import raises
 def _make(recipe: dict[str, Any], *named: str) -> BundleToVerify:
     """Return a bundle of no records whose recipe is a stranger's, at the tier release."""
     bundle = BundleToVerify(Path("bundle"), None, "release", named)
-    contents = SimpleNamespace(recipe=Recipe.model_validate(recipe), problems=[])
+    contents = SimpleNamespace(recipe=Recipe.model_validate(recipe), problems=[], planned=0)
     vars(bundle).update(contents=contents, gate=Gate())
     return bundle
 

@@ -115,6 +115,22 @@ def test_a_second_process_waits_with_a_word(
     locks.release_folder(tmp_path)
 
 
+def test_a_process_holds_a_folder_by_any_of_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that builds in work, then in the same folder by its whole path or a link."""
+    monkeypatch.setattr(locks, "_locks", {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    stage = Stage.open(Path("work"), "export", INPUTS)
+    Stage.open(tmp_path / "work", "export", INPUTS)
+    other = Stage.open(Path("linked/work"), "export", INPUTS)
+    assert locks.is_folder_in_use(other.folder) is False
+    other.release()
+    assert locks._locks == {}
+    stage.release()
+
+
 def test_a_stage_is_made_again_where_the_one_before_removes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,6 +263,7 @@ def test_thoughts_that_will_be_cut_are_foreseen() -> None:
     values = {
         "tasks": ["hub:aime24"],
         "calibration_tasks": ["hub:gsm8k"],
+        "traces": {"max_new_tokens": 1024},
         "verify": {"max_new_tokens": 8192, "context_tokens": 16384},
     }
     job = Job(Recipe.combine(None, values))
