@@ -37,8 +37,9 @@ def _parse(line: str) -> None:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_a_recipe_is_complete_and_fits_its_target(file: Path) -> None:
     """Every key is known, every value allowed, and the target takes the result."""
-    recipe = Recipe.combine(file, {})
-    assert recipe.verify.max_new_tokens < recipe.verify.context_tokens
+    verify = Recipe.combine(file, {}).verify
+    found = verify.max_new_tokens == verify.context_tokens == 0
+    assert found or verify.max_new_tokens < verify.context_tokens
 
 
 def test_the_recipes_say_what_their_names_say() -> None:
