@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +50,8 @@ class Job:
     notes: tuple[str, ...] = ()
     shortened: ShortenedModel | None = None
     answer_limit: int = 0
+    _prompt_tokens: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Tokens of the prompt of each question, counted once for all rungs of a plan."""
 
     @classmethod
     def at_tier(cls, recipe: Recipe, tier: str, prompts: int = 0) -> Job:
@@ -245,7 +247,10 @@ class Job:
 
     def count_prompt_tokens(self, split: Split) -> list[int]:
         """Return the tokens of each prompt of a split."""
-        return [len(self.encoder.encode(each.question)) for each in self.problems(split)]
+        lengths = self._prompt_tokens
+        for question in {problem.question for problem in self.problems(split)} - lengths.keys():
+            lengths[question] = len(self.encoder.encode(question))
+        return [lengths[problem.question] for problem in self.problems(split)]
 
     @cached_property
     def vocabulary(self) -> VocabularyChoice | None:

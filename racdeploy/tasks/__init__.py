@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -61,6 +61,10 @@ class TaskSet:
 
     evaluation: Mapping[str, Task]
     calibration: Mapping[str, Task]
+    _drawn: dict[tuple[Split, int, int], list[Problem]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What was drawn: a plan of six rungs asks for the same problems dozens of times."""
 
     @classmethod
     def load(cls, evaluation: Sequence[str], calibration: Sequence[str]) -> TaskSet:
@@ -102,6 +106,12 @@ class TaskSet:
 
         A file that serves only this split gives all its problems to it.
         """
+        key = split, seed, count
+        if key not in self._drawn:
+            self._drawn[key] = self._draw(split, seed, count)
+        return [*self._drawn[key]]
+
+    def _draw(self, split: Split, seed: int, count: int) -> list[Problem]:
         drawn_from, others = self.evaluation, self.calibration
         if split == "calibration":
             drawn_from, others = others, drawn_from
