@@ -92,6 +92,7 @@ def binomial_cdf(counts_L: NDArray[np.int64], n: int, rate: float) -> Floats:
     return np.asarray(np.cumsum(masses)[counts_L])
 
 
+@cache
 def clopper_pearson_upper(count: float, n: float, tail: float) -> float:
     """Return Clopper and Pearson's upper bound of a share; counts are rounded to the safe side.
 

@@ -19,6 +19,7 @@ JASA 22 (1927) 209-212.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -175,6 +176,7 @@ def power(
     return float(min(total, 1.0))
 
 
+@cache
 def find_min_prompts(discordant_rate: float, margin: float, confidence: float) -> int | None:
     """Return the fewest prompts with which an equally good model passes with 80 % probability.
 
@@ -233,6 +235,7 @@ def tango_score(
     return np.where(varies, difference / deviation, limit_score)
 
 
+@cache  # a report judges the same counts in several places, a simulation in many
 def _upper_bound(n10: float, n01: float, n: float, *, quantile: float, continuity: float) -> float:
     """Return the largest drop that the score test accepts; the score falls with the drop."""
     observed = (n10 - n01) / n
