@@ -33,7 +33,7 @@ class BlockwiseModel:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        compute: Literal["float32", "bfloat16"] = "float32",  # of matrix products
+        compute: Literal["auto", "float32", "bfloat16"] = "float32",  # auto: float32
         device: torch.device = CPU,
     ) -> None:
         self.checkpoint = checkpoint
@@ -220,6 +220,24 @@ class BlockwiseModel:
             self.forward(block, hidden_BTD, cached_inputs, block_inputs, runs_to_end=False)
 
         return calls[0]
+
+    def arguments_and_output(
+        self,
+        name: str,
+        block: nn.Module,
+        hidden_BTD: Tensor,
+        cached_inputs: Mapping[int, Tensor] | None = None,
+        block_inputs: BlockInputs | None = None,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run a block to its end; return the arguments of one of its modules, and the output."""
+        calls: list[tuple[Tensor, ...]] = []
+
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            calls.append(inputs)
+
+        with block.get_submodule(name).register_forward_pre_hook(record):
+            output_BTD = self.forward(block, hidden_BTD, cached_inputs, block_inputs)
+        return calls[0], output_BTD
 
 
 def _run_last(

@@ -74,6 +74,18 @@ class CalibrationPass:
 
         return input_BTI
 
+    def linear_input_and_advance(self, block: nn.Module, group: int, index: int) -> Tensor:
+        """Return the input of a group of linears, and advance in the same pass.
+
+        For a block that stays as it is; no other input in it can be asked for afterwards.
+        """
+        linear = self._blocks.input_groups(block)[group][0]
+        (input_BTI, *_), output_BTD = self._blocks.arguments_and_output(
+            linear, block, *self._enter(index, group)
+        )
+        self._store_output(index, output_BTD)
+        return input_BTI
+
     def expert_input(self, block: nn.Module, index: int) -> RoutedTokens:
         """Return the tokens at the experts of a block, whose attention must be final."""
         experts = self._blocks.shape.family.experts_module
@@ -86,9 +98,7 @@ class CalibrationPass:
     def advance(self, block: nn.Module, index: int) -> Tensor:
         """Return the block's output for a batch, and store it as the input of the next block."""
         output_BTD = self.output(block, index)
-        self.hidden[index] = output_BTD
-        if index < len(self._groups):
-            self._groups[index].clear()
+        self._store_output(index, output_BTD)
         return output_BTD
 
     def close(self) -> None:
@@ -96,6 +106,11 @@ class CalibrationPass:
         self.block_inputs.close()
         for activations in (self.hidden, *self._inputs.values()):
             activations.close()
+
+    def _store_output(self, index: int, output_BTD: Tensor) -> None:
+        self.hidden[index] = output_BTD
+        if index < len(self._groups):
+            self._groups[index].clear()
 
     def _enter(
         self, index: int, before: float = math.inf

@@ -74,6 +74,8 @@ def gather_groups(
     pair: BlockPair,
     group: int,
     full_weights: Mapping[str, Tensor],  # of its wanted linears, by name inside the block
+    *,
+    advances: bool = False,  # see gather_inputs; not for experts
 ) -> Iterator[tuple[Sequence[SolveGroup], Sequence[InputStatistic]]]:
     """Yield the wanted linears of an input group with their statistics.
 
@@ -81,7 +83,7 @@ def gather_groups(
     """
     if find_expert(next(iter(full_weights))) is None:
         weights = [*full_weights.values()]
-        statistic = gather_inputs(session, pair, group, weights)
+        statistic = gather_inputs(session, pair, group, weights, advances=advances)
         yield [SolveGroup(tuple(full_weights))], [statistic]
         return
 

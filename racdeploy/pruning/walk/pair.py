@@ -66,6 +66,7 @@ def gather_inputs(
     weights: Sequence[Tensor],  # of its linears
     *,
     is_final: bool = True,  # nothing before the group changes any more
+    advances: bool = False,  # nothing in the block changes, and no other group is gathered later
 ) -> InputStatistic:
     """Gather the statistic of a group's input over this process's calibration batches."""
     linears = pair.input_groups[group]
@@ -76,9 +77,15 @@ def gather_inputs(
         weights[0].shape[1], session.model.device, weights if match_dense else (), dense
     )
 
+    def sparse_input(index: int) -> Tensor:
+        flow = pair.sparse_flow
+        if advances:
+            return flow.linear_input_and_advance(pair.sparse, group, index)
+        return flow.linear_input(pair.sparse, group, index, is_final=is_final)
+
     for index, batch in enumerate(session.calibration_batches):
         statistic.add(  # no variables, so that a batch's inputs are freed before the next
-            pair.sparse_flow.linear_input(pair.sparse, group, index, is_final=is_final),
+            sparse_input(index),
             pair.dense_flow.linear_input(pair.dense, group, index) if match_dense else None,
             batch.segment_BT,
         )

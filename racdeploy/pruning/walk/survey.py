@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from racdeploy.engines.backends.transformers.torch_model import set_parameter
-from racdeploy.models.families import expand_experts
+from racdeploy.models.families import expand_experts, find_expert
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.block_inputs import BlockInputs
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
@@ -74,8 +74,9 @@ def survey(
                 effect = partial(effects.measure, linear)
                 observations[prefix + linear] = observe(prefix + linear, weight_OI, hessian, effect)
 
-            for batch in fitted:
-                flow.advance(block, batch)
+            if not _advances_when_gathered(session, index, linears):
+                for batch in fitted:
+                    flow.advance(block, batch)
 
             probe_BTD = effects.output_BTD  # of the unchanged block, not of a trial
             block.to("meta")
@@ -91,7 +92,6 @@ def _observe_block(
     """Yield name, weights and Hessian of the block's wanted linears that this process owns."""
     block = session.model.meta_block(index)
     checkpoint = session.model.checkpoint
-    experts = checkpoint.shape.num_experts
     # Nothing is pruned yet: one block is both the dense and the sparse one.
     pair = BlockPair(
         checkpoint,
@@ -103,13 +103,11 @@ def _observe_block(
         sparse_flow=flow,
     )
 
-    for group, linears in enumerate(pair.input_groups):
-        names = [linear for linear in expand_experts(linears, experts) if linear in wanted]
+    groups = _list_wanted(session, index, wanted)
+    for group, names in groups.items():
         full = {name: block.get_parameter(f"{name}.weight") for name in names}
-        if not full:
-            continue
-
-        for pieces, statistics in gather_groups(session, pair, group, full):
+        advances = group == max(groups) and _advances_when_gathered(session, index, wanted)
+        for pieces, statistics in gather_groups(session, pair, group, full, advances=advances):
             for piece, statistic in zip(pieces, statistics, strict=True):
                 share = session.share_linears(
                     {(name,): full[name].numel() for name in piece.linears}
@@ -122,6 +120,25 @@ def _observe_block(
                 hessian = statistic.hessian(session.settings.damping)
                 for name in owned:
                     yield name, full[name] * ~hessian.dead_I, hessian
+
+
+def _list_wanted(
+    session: PruningSession, index: int, wanted: Sequence[str]
+) -> dict[int, list[str]]:
+    """Return input group → its wanted linears, without groups of none."""
+    shape = session.model.shape
+    found = {}
+    for group, linears in enumerate(shape.input_groups[index]):
+        names = [name for name in expand_experts(linears, shape.num_experts) if name in wanted]
+        if names:
+            found[group] = names
+    return found
+
+
+def _advances_when_gathered(session: PruningSession, index: int, wanted: Sequence[str]) -> bool:
+    """Return whether the pass for the last wanted input goes on to the end of the block."""
+    groups = _list_wanted(session, index, wanted)
+    return bool(groups) and find_expert(groups[max(groups)][0]) is None
 
 
 class _Effects:
