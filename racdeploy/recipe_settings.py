@@ -102,6 +102,7 @@ class RecipeSettings(TypedDict, total=False):
 
     model: str | None
     target: str | None
+    effort: str | None
     rungs: Sequence[RungSettings]
     ladder: LadderSettings
     also: Sequence[str] | None

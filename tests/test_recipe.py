@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from racdeploy.errors import UsageError
 from racdeploy.recipe import EXAMPLE, Pruning, Recipe, Traces, Verification
+from racdeploy.recipe.effort import EFFORTS
 from racdeploy.recipe_settings import RecipeSettings
 from racdeploy.targets import Target
 from tests.support.errors import raises
@@ -31,6 +32,34 @@ def test_options_win_over_the_file_and_the_file_over_the_target(tmp_path: Path) 
     assert (recipe.export.format, recipe.export.quant) == ("onnx", "k_quant")
     assert recipe.traces.count == 5
     assert Verification().count == recipe.verify.count
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_an_effort_sets_what_nobody_has_set(tmp_path: Path, effort: str) -> None:
+    """Over the target's proposal; a recipe file and an option that set a key are kept."""
+    settings = EFFORTS[effort]
+    plain = Recipe.combine(None, {})
+    recipe = Recipe.combine(None, {"effort": effort})
+    expected_tokens = settings.get("calibration", {}).get("max_tokens")
+    expected_count = settings.get("verify", {}).get("count")
+    assert recipe.calibration.max_tokens == (expected_tokens or plain.calibration.max_tokens)
+    assert recipe.verify.count == (expected_count or plain.verify.count)
+
+    file = _file(tmp_path, f'effort = "{effort}"\n[calibration]\nmax_tokens = 5000\n')
+    own = Recipe.combine(file, {"verify": {"count": 77}})
+    assert (own.effort, own.calibration.max_tokens, own.verify.count) == (effort, 5000, 77)
+
+
+def test_more_effort_is_more_of_everything() -> None:
+    """And from Python as from the command line; a word that is none is refused with the others."""
+    efforts = [Recipe.combine(Recipe(effort=name), {}) for name in ("quick", "default", "thorough")]
+    for values in (
+        [recipe.calibration.max_tokens for recipe in efforts],
+        [recipe.verify.count for recipe in efforts],
+    ):
+        assert sorted(set(values)) == values
+    with raises("invalid-settings", "effort: Input should be 'quick', 'default' or 'thorough'"):
+        Recipe.combine(None, {"effort": "quik"})
 
 
 def _find_unknown(settings: type, model: type[BaseModel]) -> set[str]:

@@ -175,6 +175,13 @@ class BuildOptions(PruneOptions):
     """Options of a whole build."""
 
     more_targets: Annotated[Names, OptionHelp(MODEL)] = ()
+    effort: Annotated[
+        str | None,
+        OptionHelp(
+            MODEL,
+            "quick, default or thorough: tokens to calibrate on, and questions to compare by.",
+        ),
+    ] = None
     quant: Annotated[
         str | None,
         OptionHelp(FORMAT, "Number format of the linears; default: q8_0, or the target's."),
@@ -215,6 +222,7 @@ class BuildOptions(PruneOptions):
         from racdeploy.verification.rivals import SAME_SIZE
 
         return super().to_settings() | {
+            "effort": self.effort,
             "also": self.more_targets or None,
             "ladder": {"no_worse_than": self.no_worse_than},
             "export": {

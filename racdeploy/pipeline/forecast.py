@@ -15,7 +15,7 @@ import numpy as np
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
-from racdeploy.processes.cores import available_cores
+from racdeploy.processes.cores import available_cores, choose_compute
 from racdeploy.results.plan import Plan
 from racdeploy.traces.trace import Trace
 
@@ -27,6 +27,7 @@ _BLOCK_OVERHEAD_S = 1e-3  # per token and block, beside its products
 # between 4/9 of it and all.
 _EXPECTED_SHARE = 2 / 3
 _PASSES = 6  # of pruning with the Hessians, and of recovery with the backward pass
+_BFLOAT16_PASSES = 4  # of pruning: the four forward passes take half as long, the Hessians as long
 _SOLVE_SWEEPS = 50  # of a weight over all inputs of its row
 
 
@@ -66,7 +67,10 @@ def estimate_seconds(
         tokens = expected_share * plan.pruning.prune_tokens
     # Artifacts of different codes are different models.
     models = {str(each.rounding_quants) for each in (job, *job.siblings)}
-    seconds["prune"] = len(models) * pace.prune_s(tokens, mean_length)
+    passes = _PASSES
+    if choose_compute(recipe.prune.compute, "cpu") == "bfloat16":
+        passes = _BFLOAT16_PASSES
+    seconds["prune"] = len(models) * pace.prune_s(tokens, mean_length, passes)
 
     if plan.artifact:
         answers_s = pace.answers_s(
@@ -128,10 +132,10 @@ class _Pace:
         steps = math.ceil(prompts / together) * length
         return steps * (step_s + _BLOCK_OVERHEAD_S * self.shape.block_count)
 
-    def prune_s(self, tokens: float, length: float) -> float:
+    def prune_s(self, tokens: float, length: float, passes: int) -> float:
         """Return the seconds of a pruning on tokens of sequences; it does not reach the head."""
         head_s = 2 * self.shape.vocab_size * self.shape.hidden_size / self.flops_per_s
-        passes_s = (self.token_s(length) - head_s) * _PASSES * tokens
+        passes_s = (self.token_s(length) - head_s) * passes * tokens
         sweeps_s = (self.weights_s - head_s) * _SOLVE_SWEEPS * self.shape.hidden_size
         return passes_s + sweeps_s
 

@@ -14,6 +14,7 @@ from racdeploy.errors import UsageError
 from racdeploy.files.reading import check_version
 from racdeploy.files.toml import Settings, TomlTable, merge, nest, read_toml, validate
 from racdeploy.plugins import Names
+from racdeploy.recipe.effort import EFFORTS, Effort
 from racdeploy.recipe.export import Export
 from racdeploy.recipe.pruning import Pruning
 from racdeploy.recipe.recovery import Recovery
@@ -40,6 +41,7 @@ class Recipe(Section):
     schema_version: Literal[1] = 1
     model: str = "tiny-reasoner"
     target: str = "gguf"
+    effort: Effort = "default"
     rungs: tuple[Rung, ...] = ()
     ladder: LadderLimits = LadderLimits()
     also: Names = ()
@@ -110,7 +112,10 @@ class Recipe(Section):
         name = requested.get("target", cls.model_fields["target"].default)
         target = Target.read(str(name))
 
-        merged = merge_settings(target.propose(requested), requested)
+        proposed = target.propose(requested)
+        # An unknown effort is refused below, with the other values.
+        chosen = EFFORTS.get(str(requested.get("effort", "default")), RecipeSettings())
+        merged = merge_settings(merge_settings(proposed, chosen), requested)
         recipe = validate(cls, merged, where, _INIT_COMMAND)
 
         for each in (recipe, *map(recipe.for_target, recipe.also)):
