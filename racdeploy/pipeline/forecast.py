@@ -73,10 +73,13 @@ def estimate_seconds(
     seconds["prune"] = len(models) * pace.prune_s(tokens, mean_length, passes)
 
     if plan.artifact:
+        asked = len(job.problems("evaluation"))
+        if plan.power and plan.power.expected_prompts:  # fewer, where it is clear before
+            asked = plan.power.expected_prompts
         answers_s = pace.answers_s(
-            len(job.problems("evaluation")) * recipe.verify.samples,
+            asked * recipe.verify.samples,
             min(mean_length, job.verification.max_new_tokens),
-            recipe.verify.parallel,
+            job.verification.parallel,
             read_bytes=plan.artifact.artifact_bytes,
         )
         seconds["verify"] = plan.artifact.evaluation_models * answers_s

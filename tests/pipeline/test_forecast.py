@@ -17,7 +17,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_build, plan_artifact
 from racdeploy.recipe import Recipe
-from racdeploy.results.plan import Plan, PruningPlan
+from racdeploy.results.plan import Plan, PowerPlan, PruningPlan
 from racdeploy.traces.trace import Trace
 from tests.support.tiny_models import make_checkpoint
 
@@ -97,7 +97,7 @@ def test_what_takes_longer_is_planned(tmp_path: Path, monkeypatch: pytest.Monkey
     model = str(make_checkpoint(tmp_path / "model", "qwen3"))
     monkeypatch.setattr(forecast, "_measure_flops_per_s", lambda: 1e6)
 
-    def plan(length: int, **more: object) -> dict[str, float]:
+    def plan(length: int, asked: int = 0, **more: object) -> dict[str, float]:
         options = {
             "model": model,
             "tasks": ("gcd",),
@@ -110,12 +110,29 @@ def test_what_takes_longer_is_planned(tmp_path: Path, monkeypatch: pytest.Monkey
         pruning = PruningPlan(prune_tokens=8 * length, prune_memory_bytes=0, is_bound=False)
         artifact = plan_artifact(build.job)
         artifact = replace(artifact, evaluation_models=2, artifact_bytes=10**6)
-        return dict(build.plan_time(Plan(artifact=artifact, pruning=pruning)).stage_seconds)
+        power = PowerPlan(
+            evaluation_prompts=8,
+            samples=1,
+            discordant_share=0.05,
+            accuracy_margin=0.05,
+            accuracy_power=0.8,
+            smallest_detectable_drop=0.05,
+            length_ratio=1.1,
+            smallest_detectable_ratio=1.1,
+            expected_prompts=asked,
+        )
+        whole = Plan(artifact=artifact, pruning=pruning, power=power)
+        return dict(build.plan_time(whole).stage_seconds)
 
     once, twice, fourfold = plan(128), plan(256), plan(512)
     growth = [late["prune"] - early["prune"] for early, late in ((once, twice), (twice, fourfold))]
     assert growth[1] > 2.1 * growth[0]
     assert fourfold["verify"] < 1.5 * once["verify"], "answers end at 64 tokens"
+
+    clear_early = plan(128, asked=480)
+    assert clear_early["verify"] == pytest.approx(480 / 16 * once["verify"], rel=0.01), (
+        "by sixteens"
+    )
 
     both = plan(128, also=("onnx",))
     assert both["prune"] == pytest.approx(2 * once["prune"])
