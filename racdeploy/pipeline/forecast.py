@@ -15,7 +15,7 @@ import numpy as np
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
-from racdeploy.processes.cores import available_cores, choose_compute
+from racdeploy.processes.cores import available_cores
 from racdeploy.results.plan import Plan
 from racdeploy.traces.trace import Trace
 
@@ -68,7 +68,7 @@ def estimate_seconds(
     # Artifacts of different codes are different models.
     models = {str(each.rounding_quants) for each in (job, *job.siblings)}
     passes = _PASSES
-    if choose_compute(recipe.prune.compute, "cpu") == "bfloat16":
+    if recipe.prune.compute == "bfloat16":
         passes = _BFLOAT16_PASSES
     seconds["prune"] = len(models) * pace.prune_s(tokens, mean_length, passes)
 

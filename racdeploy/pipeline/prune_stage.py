@@ -14,7 +14,6 @@ from racdeploy.files.stages import Stage, finished_stages
 from racdeploy.files.writing import canonical_hash, link_equal, write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import Workspace, describe_code
-from racdeploy.processes.cores import choose_compute
 from racdeploy.pruning import ALLOCATION_FILE, CUT_PLAN_FILE, PrunedModel
 from racdeploy.pruning.structures import list_parts
 from racdeploy.quant import DENSE_IMPORTANCE_FILE
@@ -97,7 +96,11 @@ class PruneStage:
 
     def run(self, traces: Sequence[Trace], traces_sha256: str) -> PrunedModel:
         """Prune the model on its traces, or return it pruned earlier."""
-        settings = self._resolve_settings()
+        from racdeploy.pruning.device import choose_device
+
+        # "auto" is resolved first: another device computes other weights, so it decides the folder.
+        device = choose_device(self.settings.device).type
+        settings = self.settings.model_copy(update={"device": device})
         identity = {"traces_sha256": traces_sha256, "structure": self._cuts.model_dump()}
         stage = self._run(
             "prune", self.name, self.dense, settings=settings, traces=traces, identity=identity
@@ -121,23 +124,12 @@ class PruneStage:
         Its zeros are kept, and rounding errors are compensated against its own outputs.
         """
         sparse = Checkpoint(model)
-        settings = self._resolve_settings().without_zeros()
+        settings = self.settings.without_zeros()
         identity = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
         stage = self._run(
             "codes", name, sparse, settings=settings, traces=traces, identity=identity
         )
         return stage.folder / name
-
-    def _resolve_settings(self) -> Pruning:
-        """Return the settings without ``auto``, for the address of the stage.
-
-        Another device or type of products computes other weights.
-        """
-        from racdeploy.pruning.device import choose_device
-
-        device = choose_device(self.settings.device).type
-        compute = choose_compute(self.settings.compute, device)
-        return self.settings.model_copy(update={"device": device, "compute": compute})
 
     def _run(
         self,

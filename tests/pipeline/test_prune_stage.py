@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from racdeploy.files.reading import read_json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.processes import cores
 from racdeploy.pruning import CUT_PLAN_FILE
 from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE
 from racdeploy.recipe import Recipe
@@ -24,19 +22,14 @@ from tests.support.tiny_traces import TRACES
 
 
 def _prune(
-    model: Path,
-    work: Path,
-    quant: str,
-    sparsity: float = 0.0,
-    keep: float = 0.75,
-    compute: str = "auto",
+    model: Path, work: Path, quant: str, sparsity: float = 0.0, keep: float = 0.75
 ) -> tuple[Path, bool]:
     """Return the pruned model's folder, and whether the model was surveyed."""
     labels: set[str] = set()
     values = {
         "model": str(model),
         "structure": {"keep": {"ffn": keep}},
-        "prune": {"sparsity": sparsity, "compute": compute},
+        "prune": {"sparsity": sparsity},
     }
     job = Job(Recipe.combine(None, values))
     build = Build(job, work, 1, progress=lambda label, *_: labels.add(label))
@@ -100,17 +93,3 @@ def test_files_of_a_model_without_codes_are_its_own(dense: Path, tmp_path: Path)
     assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
     for folder in (first, second):
         assert {file.stat().st_nlink for file in folder.iterdir()} == {1}
-
-
-@pytest.mark.parametrize(("is_fast", "compute"), [(True, "bfloat16"), (False, "float32")])
-def test_a_stage_has_the_products_of_its_processor_in_its_address(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool, compute: str
-) -> None:
-    """Weights that another processor has computed otherwise are not taken for its own."""
-    monkeypatch.setattr(cores, "has_fast_bfloat16", lambda: is_fast)
-    folder, _ = _prune(dense, tmp_path, "q8_0")
-    assert read_json(folder.parent / "inputs.json")["prune"]["compute"] == compute
-    other, _ = _prune(dense, tmp_path, "q8_0", compute=compute)
-    assert other == folder
-    monkeypatch.setattr(cores, "has_fast_bfloat16", lambda: not is_fast)
-    assert _prune(dense, tmp_path, "q8_0")[0] != folder

@@ -33,7 +33,7 @@ class BlockwiseModel:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        compute: Literal["auto", "float32", "bfloat16"] = "float32",  # auto: float32
+        compute: Literal["float32", "bfloat16"] = "float32",  # of matrix products
         device: torch.device = CPU,
     ) -> None:
         self.checkpoint = checkpoint
