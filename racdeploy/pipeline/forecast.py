@@ -67,17 +67,12 @@ def estimate_seconds(
         tokens = expected_share * plan.pruning.prune_tokens
     # Artifacts of different codes are different models.
     models = {str(each.rounding_quants) for each in (job, *job.siblings)}
-    passes = _PASSES
-    if recipe.prune.compute == "bfloat16":
-        passes = _BFLOAT16_PASSES
+    passes = _BFLOAT16_PASSES if recipe.prune.compute == "bfloat16" else _PASSES
     seconds["prune"] = len(models) * pace.prune_s(tokens, mean_length, passes)
 
     if plan.artifact:
-        asked = len(job.problems("evaluation"))
-        if plan.power and plan.power.expected_prompts:  # fewer, where it is clear before
-            asked = plan.power.expected_prompts
         answers_s = pace.answers_s(
-            asked * recipe.verify.samples,
+            _expect_questions(job, plan) * recipe.verify.samples,
             min(mean_length, job.verification.max_new_tokens),
             job.verification.parallel,
             read_bytes=plan.artifact.artifact_bytes,
@@ -85,6 +80,12 @@ def estimate_seconds(
         seconds["verify"] = plan.artifact.evaluation_models * answers_s
 
     return seconds
+
+
+def _expect_questions(job: Job, plan: Plan) -> int:
+    """Return how many questions equally good models are asked: fewer, if it is clear before."""
+    early = plan.power.expected_prompts if plan.power else 0
+    return early or len(job.problems("evaluation"))
 
 
 def expect_answer_tokens(job: Job, traces: Sequence[Trace]) -> float:
