@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from pydantic import TypeAdapter
 
-from racdeploy.engines.engine import Engine, Ids, Logits
+from racdeploy.engines.engine import Engine
 from racdeploy.exporting import ExportResult
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.dense_logits import make_opener
@@ -34,6 +34,7 @@ from racdeploy.verification.top_logits import (
     TopLogits,
     compare_top_logits,
     completion_logits,
+    log_probabilities,
     take_top,
 )
 
@@ -152,27 +153,28 @@ class DivergenceMeter:
         job = self.build.job
         texts = self._text_ids
         with self._open("transformers", job.checkpoint.folder) as engine:
-            traces, _ = self._read(engine, self._trace_ids)
-            chosen, nats = self._read(engine, texts["choose"])
-            reported, _ = self._read(engine, texts["report"])
+            traces = self._read(engine, self._trace_ids)
+            nats: list[Floats] = []
+            chosen = self._read(engine, texts["choose"], nats)
+            reported = self._read(engine, texts["report"])
 
         chance_nats = math.log(job.checkpoint.shape.vocab_size)
         knows_text = np.concatenate(nats).mean() < chance_nats
         return _DenseModel(traces, {"choose": chosen, "report": reported}, bool(knows_text))
 
     def _read(
-        self, engine: Engine, passages: Sequence[TraceIds]
-    ) -> tuple[list[TopLogits], list[Floats]]:
-        """Return the most likely tokens of each passage, and the likelihood of its own."""
+        self, engine: Engine, passages: Sequence[TraceIds], nats: list[Floats] | None = None
+    ) -> list[TopLogits]:
+        """Return the most likely tokens of each passage; append what its own cost to ``nats``."""
         tops = []
-        nats = []
         for number, passage in enumerate(passages):
             self.build.workspace.report("read dense", number, len(passages))
             logits_TV = completion_logits(engine, passage)
             tops.append(take_top(logits_TV))
-            _, completion = passage
-            nats.append(_measure_nats(logits_TV, completion))
-        return tops, nats
+            if nats is not None:
+                _, completion = passage
+                nats.append(-log_probabilities(logits_TV, np.array(completion)[:, None]))
+        return tops
 
     def _compare(self, exported: ExportResult, use: TextUse) -> FileDivergence:
         dense = self._dense
@@ -221,14 +223,6 @@ def _sum_up(compared: Sequence[LogitDifferences]) -> Passages:
         kl_sums.append(float(each.kl_T.sum()))
         same.append(int(each.same_T.sum()))
     return Passages(tuple(tokens), tuple(kl_sums), tuple(same))
-
-
-def _measure_nats(logits_TV: Logits, ids: Ids) -> Floats:
-    """Return the negative log-likelihood of each token."""
-    logits_TV = logits_TV - logits_TV.max(1, keepdims=True)
-    chosen_T = np.take_along_axis(logits_TV, np.array(ids)[:, None], 1)[:, 0]
-    total_T = np.log(np.exp(logits_TV).sum(1))
-    return np.asarray(total_T - chosen_T, dtype=np.float64)
 
 
 def _read_texts(use: TextUse) -> list[str]:

@@ -27,6 +27,7 @@ from racdeploy.results.checks import CheckResult, VerdictName
 from racdeploy.results.report import Report
 from racdeploy.targets import Rung, Target
 from racdeploy.verification.stats.excess import bound_mean_difference
+from racdeploy.verification.top_logits import log_probabilities
 from tests.support.errors import raises
 from tests.support.sample_report import build_report
 from tests.support.tiny_models import make_checkpoint
@@ -357,12 +358,12 @@ def test_files_are_measured_once(
 
 def test_a_model_of_uniform_tokens_knows_no_text() -> None:
     logits_TV = np.zeros((3, 7), np.float32)
-    nats_T = divergence_stage._measure_nats(logits_TV, (1, 2, 6))
-    np.testing.assert_allclose(nats_T, np.log(7), rtol=1e-6)
+    own_T1 = np.array([[1], [2], [6]])
+    np.testing.assert_allclose(-log_probabilities(logits_TV, own_T1), np.log(7), rtol=1e-6)
     logits_TV[:, 2] = 1.0
     expected = -np.log(scipy.special.softmax(logits_TV.astype(float), axis=1)[[0, 1], [1, 2]])
     np.testing.assert_allclose(
-        divergence_stage._measure_nats(logits_TV[:2], (1, 2)), expected, rtol=1e-6
+        -log_probabilities(logits_TV[:2], own_T1[:2])[:, 0], expected, rtol=1e-6
     )
 
 
