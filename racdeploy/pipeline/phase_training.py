@@ -16,7 +16,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recovery_phases import Phase
 from racdeploy.pipeline.recovery_state import State
 from racdeploy.pipeline.workspace import Workspace, describe_code, notify
-from racdeploy.processes.cores import choose_compute
+from racdeploy.processes.cores import has_fast_bfloat16
 from racdeploy.recipe import Recovery
 from racdeploy.recovery.training_log import LogRow, PhaseResult
 from racdeploy.runtime.template import PromptEncoder
@@ -229,5 +229,9 @@ class PhaseTrainer:
         from racdeploy.pruning.device import choose_device
 
         device = choose_device(self.settings.device).type
-        compute = choose_compute(self.settings.compute, device)
+        compute = self.settings.compute
+        if compute == "auto":
+            is_fast = device != "cpu" or has_fast_bfloat16()
+            compute = "bfloat16" if is_fast else "float32"
+
         return self.settings.model_copy(update={"device": device, "compute": compute})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = {"amx_bf16", "bf16"}  # the last one is ARM's
@@ -26,13 +25,6 @@ def has_fast_bfloat16() -> bool:
     flags = {*read_cpu_info("flags", "Features").split()}
     is_amd = read_cpu_info("vendor_id") == "AuthenticAMD"
     return not _BFLOAT16_FLAGS.isdisjoint(flags) or (is_amd and "avx512_bf16" in flags)
-
-
-def choose_compute(setting: str, device: str) -> Literal["float32", "bfloat16"]:
-    """Return the type of matrix products; ``auto`` is the fastest on that device."""
-    if setting == "auto":
-        setting = "bfloat16" if device != "cpu" or has_fast_bfloat16() else "float32"
-    return "bfloat16" if setting == "bfloat16" else "float32"
 
 
 def read_cpu_info(*names: str) -> str:

@@ -29,20 +29,3 @@ def test_fast_short_products_are_a_flag(
     assert not cores.has_fast_bfloat16()
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n")
     assert cores.has_fast_bfloat16() == expected
-
-
-@pytest.mark.parametrize(
-    ("setting", "device", "has_flag", "expected"),
-    [
-        ("auto", "cpu", True, "bfloat16"),
-        ("auto", "cpu", False, "float32"),
-        ("auto", "cuda", False, "bfloat16"),
-        ("float32", "cuda", True, "float32"),
-        ("bfloat16", "cpu", False, "bfloat16"),
-    ],
-)
-def test_products_are_as_set_or_as_fast_as_the_device_has_them(
-    monkeypatch: pytest.MonkeyPatch, setting: str, device: str, has_flag: bool, expected: str
-) -> None:
-    monkeypatch.setattr(cores, "has_fast_bfloat16", lambda: has_flag)
-    assert cores.choose_compute(setting, device) == expected
