@@ -65,16 +65,22 @@ def survey(
             block = blocks.load_block(index)
             prefix = f"{blocks.prefix(index)}."
             linears = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+            groups = _list_wanted(session, index, linears)
+            # The pass for the last input goes on to the end, unless experts are given theirs.
+            last = max(groups, default=-1)
+            advances = last >= 0 and find_expert(groups[last][0]) is None
 
             effects = _Effects(
                 session, block, hidden_BTD=probe_BTD, batch=probe, block_inputs=block_inputs
             )
 
-            for linear, weight_OI, hessian in _observe_block(session, flow, index, linears):
+            for linear, weight_OI, hessian in _observe_block(
+                session, flow, index, groups, advances=advances
+            ):
                 effect = partial(effects.measure, linear)
                 observations[prefix + linear] = observe(prefix + linear, weight_OI, hessian, effect)
 
-            if not _advances_when_gathered(session, index, linears):
+            if not advances:
                 for batch in fitted:
                     flow.advance(block, batch)
 
@@ -87,7 +93,12 @@ def survey(
 
 
 def _observe_block(
-    session: PruningSession, flow: CalibrationPass, index: int, wanted: Sequence[str]
+    session: PruningSession,
+    flow: CalibrationPass,
+    index: int,
+    groups: Mapping[int, Sequence[str]],  # input group → its wanted linears
+    *,
+    advances: bool,  # with the last group, to the next block's input
 ) -> Iterator[tuple[str, Tensor, Hessian]]:
     """Yield name, weights and Hessian of the block's wanted linears that this process owns."""
     block = session.model.meta_block(index)
@@ -103,11 +114,10 @@ def _observe_block(
         sparse_flow=flow,
     )
 
-    groups = _list_wanted(session, index, wanted)
     for group, names in groups.items():
         full = {name: block.get_parameter(f"{name}.weight") for name in names}
-        advances = group == max(groups) and _advances_when_gathered(session, index, wanted)
-        for pieces, statistics in gather_groups(session, pair, group, full, advances=advances):
+        is_last = advances and group == max(groups)
+        for pieces, statistics in gather_groups(session, pair, group, full, advances=is_last):
             for piece, statistic in zip(pieces, statistics, strict=True):
                 share = session.share_linears(
                     {(name,): full[name].numel() for name in piece.linears}
@@ -133,12 +143,6 @@ def _list_wanted(
         if names:
             found[group] = names
     return found
-
-
-def _advances_when_gathered(session: PruningSession, index: int, wanted: Sequence[str]) -> bool:
-    """Return whether the pass for the last wanted input goes on to the end of the block."""
-    groups = _list_wanted(session, index, wanted)
-    return bool(groups) and find_expert(groups[max(groups)][0]) is None
 
 
 class _Effects:
