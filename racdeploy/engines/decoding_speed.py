@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ from racdeploy.engines.engine import EngineSettings, Sampling
 ENGINE = "llamacpp"
 """The engine whose speed on a device is known; others get a rough estimate."""
 _PROMPT_TOKENS, _NEW_TOKENS, _REPEATS = 8, 16, 3
-_ROUNDS = 5  # of alternating runs
+_ROUNDS = 9  # of alternating runs
 _MIN_ROUND_S = 0.1  # three answers of a tiny model take a few milliseconds, which are mostly noise
 
 
@@ -22,6 +23,28 @@ class DecodeSample:
 
     token_s: float
     peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class SpeedRatio:
+    """Decoding speed of a file to that of another, in rounds that time both.
+
+    Args:
+        median: of the rounds.
+        upper: upper bound of the median, of 98 % confidence with nine rounds.
+    """
+
+    median: float
+    upper: float
+
+    @classmethod
+    def of_rounds(cls, ratios: Sequence[float]) -> SpeedRatio:
+        """Return the ratio over some rounds.
+
+        The second largest of nine is below the median of all rounds if at least eight of them are:
+        10 of 512 times. That holds for any noise, one outlier in either direction included.
+        """
+        return cls(median(ratios), sorted(ratios)[-2])
 
 
 def measure_file(
@@ -61,12 +84,12 @@ def measure_file(
     return DecodeSample(min(times) / (_NEW_TOKENS - 1), peak)
 
 
-def compare_speed(file: Path, other: Path, engine: str, threads: int) -> float:
-    """Return how fast the first of two files decodes, to the other: the median of rounds."""
+def compare_speed(file: Path, other: Path, engine: str, threads: int) -> SpeedRatio:
+    """Return how fast the first of two files decodes, to the other."""
     ratios = []
     for _ in range(_ROUNDS):
         # In turn, so that a busy minute slows both.
         own = measure_file(file, threads, engine, min_s=_MIN_ROUND_S)
         others = measure_file(other, threads, engine, min_s=_MIN_ROUND_S)
         ratios.append(others.token_s / own.token_s)
-    return median(ratios)
+    return SpeedRatio.of_rounds(ratios)

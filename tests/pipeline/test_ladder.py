@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from racdeploy.engines.decoding_speed import SpeedRatio
 from racdeploy.exporting import ExportResult
 from racdeploy.pipeline import divergence_stage, ladder
 from racdeploy.pipeline.build import Build
@@ -260,17 +261,18 @@ def test_a_slow_file_is_not_near_enough(
     monkeypatch: pytest.MonkeyPatch,
     measured: tuple[dict[str, FileDivergence], list[str]],
 ) -> None:
-    """It is measured where its number formats are not those of the download."""
+    """It is measured where its number formats are not the download's; noise does not decide."""
     known, _ = measured
     known |= dict.fromkeys(SMALL, diverge(0.01, 0.1))
     monkeypatch.undo()
     found = open_ladder(model, tmp_path)
     monkeypatch.setattr(Ladder, "_export_nearest", lambda *_: ExportResult(Path("d"), (), 1, {}))
     asked = []
+    speed = SpeedRatio(0.9, 0.95)
 
-    def compare(*files: object) -> float:
+    def compare(*files: object) -> SpeedRatio:
         asked.append(files)
-        return 0.9
+        return speed
 
     monkeypatch.setattr(ladder, "compare_speed", compare)
     exported = ExportResult(Path("own"), (), 1, {})
@@ -278,6 +280,8 @@ def test_a_slow_file_is_not_near_enough(
     assert not asked
     assert not found._is_fast("q4_0", exported)
     assert [files[:2] for files in asked] == [(Path("own"), Path("d"))]
+    speed = SpeedRatio(0.9, 0.98)
+    assert found._is_fast("q4_0", exported)
 
 
 @dataclass

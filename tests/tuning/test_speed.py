@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from racdeploy.engines import decoding_speed
-from racdeploy.engines.decoding_speed import DecodeSample, measure_file
+from racdeploy.engines.decoding_speed import DecodeSample, SpeedRatio, compare_speed, measure_file
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.recipe import Recipe
@@ -116,6 +118,29 @@ def test_a_tiny_file_is_decoded_for_long_enough(
     measure_file(tmp_path, 2, min_s=0.2)
     assert 20 <= len(decoded) - (1 + 3) - 1 <= 21
     assert all(a != b for a, b in itertools.pairwise(decoded))
+
+
+def test_a_speed_is_bounded_for_any_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the bound is the median of noise with heavy tails: all but 2 % of the time."""
+    random = Random(0)
+
+    def measure(*_: object, **__: object) -> DecodeSample:
+        return DecodeSample(math.exp(random.gauss(0, 1) ** 3), 0)
+
+    monkeypatch.setattr(decoding_speed, "measure_file", measure)
+    runs = 4000
+    missed = 0
+    for _ in range(runs):
+        missed += compare_speed(Path("own"), Path("other"), "llamacpp", 2).upper < 1
+
+    expected = 10 / 2**9
+    assert missed / runs == pytest.approx(expected, abs=3 * math.sqrt(expected / runs))
+
+
+def test_a_speed_is_that_of_the_other_file_over_its_own() -> None:
+    """One fast and one slow round of nine move neither figure."""
+    rounds = [0.5, *[0.9] * 6, 0.92, 3.0]
+    assert SpeedRatio.of_rounds(rounds) == SpeedRatio(0.9, 0.92)
 
 
 def test_nothing_is_measured_to_look_up_a_device(tmp_path: Path) -> None:
