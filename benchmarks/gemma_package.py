@@ -4,7 +4,8 @@
     python -m benchmarks.gemma_package build/gemma
 
 Gemma 3 270M as Google published it, before any chat: 268M parameters, of which 168M are the
-embedding of 262,144 tokens. transformers dequantizes the weights and rebuilds the tokenizer.
+embedding of 262,144 tokens. transformers dequantizes the weights and rebuilds the tokenizer; the
+template asks a question and waits for its answer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}Question: {{ message['content'] }}\n\n"
+    "{% endfor %}Answer:"
+)
 
 
 def main() -> None:
@@ -38,6 +44,7 @@ def main() -> None:
         del model.config.quantization_config
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    (arguments.out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 if __name__ == "__main__":

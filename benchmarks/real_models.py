@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=0)
     parser.add_argument("--autoround-python", help="without it, AutoRound is left out")
     parser.add_argument("--autoround-quants", nargs="*", default=["q4_k", "q4_0"])
+    parser.add_argument("--speed", action="store_true", help="time decoding: alone on the machine")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -104,9 +105,10 @@ class Benchmark:
         kept = folder / "row.json"
         row: Row = json.loads(kept.read_text()) if kept.is_file() else {"name": name}
         steps = {"file": lambda: make(folder), "traces": lambda: self._compare(row)}
-        steps["speed"] = lambda: self._time(row)
         if self.arguments.prompts:
             steps["answers"] = lambda: self._answer(row)
+        if self.arguments.speed:
+            steps["speed"] = lambda: self._time(row)
         for key, step in steps.items():
             if key not in row:
                 row |= step()
@@ -272,7 +274,7 @@ def make_table(rows: list[Row]) -> str:
             kl, same_share = row[kind]
             shown += [f"{kl:.2g}", f"{same_share:.1%}"]
         shown += _show_answers(row.get("answers"))
-        shown.append(", ".join(f"{ratio:.2f} ×" for ratio in row["speed"]))
+        shown.append(", ".join(f"{ratio:.2f} ×" for ratio in row.get("speed", ())))
         shown.append(f"{row['seconds']:.0f}" if "seconds" in row else "")
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"

@@ -64,7 +64,7 @@ AS_PLAN = {
 """Beginnings of commands that run with ``--dry-run``, and why."""
 PARSED = {
     "examples/gsm_reasoner/README.md": {
-        "python examples/gsm_reasoner/teach.py": "50 minutes; test_gsm_reasoner.py draws",
+        "python examples/gsm_reasoner/teach.py": "an hour; test_gsm_reasoner.py draws",
     },
     "examples/reproduce/README.md": {
         "python examples/reproduce/reproduce.py": "hours; test_reproduce.py plans and builds",

@@ -45,6 +45,33 @@ def test_the_model_learns_a_solution_and_its_answer(
         assert scoring.score(problem.scorer, answered, problem.gold).correct
 
 
+@pytest.mark.parametrize(
+    ("line", "spelled"),
+    [
+        ("So 73 students - 52 girls = 21 boys.", "73-52:3-2-0=1,7-5-0=2,21"),
+        (
+            "There are 34-8-16 = 10 pink blocks.",
+            "34-8:14-8-0=6,3-0-1=2,26 26-16:6-6-0=0,2-1-0=1,10",
+        ),
+        ("In 6 years Linda will be 23*5=115.", "23*5:3*5+0=15,2*5+1=11,115"),
+        ("Loaves cost €80 - €24 = €56 more.", "80-24:10-4-0=6,8-2-1=5,56"),
+        ("In all 3 + 8 + 17 = 28.", "11+17:1+7+0=8,1+1+0=2,28"),
+        ("He has 3 + 4 = 7 books.", ""),
+        ("He has 10*0.5=5 tubes.", ""),
+        ("He has 12 * 34 = 408 tubes.", ""),
+        ("He has 30 + 4 = 35 tubes.", ""),
+        ("She has 12 books, so 30.", ""),
+    ],
+)
+def test_a_calculation_is_spelled_before_its_result(
+    example: dict[str, Any], line: str, spelled: str
+) -> None:
+    """One that columns cannot spell, is easy, or is wrong stays as it is."""
+    before, equals, result = line.rpartition("=")
+    expected = f"{before.rstrip()} ({spelled}) {equals}{result}" if spelled else line
+    assert example["spell"](line) == expected
+
+
 def test_templates_are_taught_or_unseen(example: dict[str, Any]) -> None:
     """reasoning-gym draws every one of both, and no template is in both."""
     kinds = [[int(number) for number in example[name].split(",")] for name in ("TAUGHT", "UNSEEN")]
