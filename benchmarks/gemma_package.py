@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,7 +35,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(assemble(Path(folder) / "gemma.gguf"))
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)

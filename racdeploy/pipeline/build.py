@@ -25,6 +25,7 @@ from racdeploy.pipeline.forecast import estimate_seconds, expect_answer_tokens
 from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import list_metadata, name_artifact, name_model
+from racdeploy.pipeline.own_text_stage import OwnTextStage
 from racdeploy.pipeline.phase_training import PhaseTrainer, TrainingRequest
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneRequest, PruneStage
@@ -306,6 +307,7 @@ class Build:
 
     def _run_prune(self, stage: PruneStage) -> PrunedModel:
         folder, traces = self.traces()
+        stage = replace(stage, own_text=self.own_text_stage.run())
         model = stage.run(traces, TraceSet(folder).sha256)
         if shortened := self.job.shortened:
             notes = (*shortened.notes, *model.notes)
@@ -314,7 +316,7 @@ class Build:
 
     def _recover(self, model: PrunedModel, name: str) -> PrunedModel:
         """Recover a pruned model, then choose its codes if the recipe asks for it."""
-        stage = self.prune_stage
+        stage = replace(self.prune_stage, own_text=self.own_text_stage.run())
         choose_codes = stage.choose_codes if stage.quants else None
         return self.recover_stage.run(model, name, self._collect_traces, choose_codes)
 
@@ -435,6 +437,7 @@ class Build:
             held_out_count = round(settings.calibration.held_out_share * len(longest))
             held_out_tokens = sum(longest[:held_out_count])
             tokens = min(sum(longest), settings.calibration.max_tokens or sum(longest))
+        tokens += settings.calibration.own_text_tokens
 
         tracing_bytes = None
         if not (traces or settings.traces.server):
@@ -517,6 +520,10 @@ class Build:
             may_never_end=bool(job.recipe.calibration.keep_truncated),
             enough_tokens=job.enough_trace_tokens,
         )
+
+    @property
+    def own_text_stage(self) -> OwnTextStage:
+        return OwnTextStage(self.trace_stage, self.job.recipe.calibration.own_text_tokens)
 
     @cached_property
     def trace_engine(self) -> TraceEngine:

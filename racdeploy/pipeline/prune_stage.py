@@ -81,7 +81,11 @@ class PruningSummary(FrozenModel):
 
 @dataclass(frozen=True)
 class PruneStage:
-    """The stage that makes a dense model sparse, with the codes of some linears."""
+    """The stage that makes a dense model sparse, with the codes of some linears.
+
+    Args:
+        own_text: text of the model that calibrates, besides its traces.
+    """
 
     workspace: Workspace
     dense: Checkpoint
@@ -93,6 +97,7 @@ class PruneStage:
     settings: Pruning
     quants: Mapping[str, str]  # linear → number format whose codes are chosen
     name: str  # of the pruned model's folder
+    own_text: Sequence[Trace] = ()
 
     def run(self, traces: Sequence[Trace], traces_sha256: str) -> PrunedModel:
         """Prune the model on its traces, or return it pruned earlier."""
@@ -153,6 +158,8 @@ class PruneStage:
             "calibration": self.calibration.model_dump(),
             "prune": settings.model_dump(),
         }
+        if self.own_text:
+            inputs["own_text"] = hash_ids(self.own_text)
         formats = {
             "quants": sorted({*self.quants.values()}),
             "quant_by_linear": canonical_hash(self.quants),
@@ -244,7 +251,7 @@ class PruneStage:
         chosen = self.choose_traces(traces)
         request = PruneRequest(
             model=model.folder.resolve(),
-            calibration=chosen.fitted,
+            calibration=[*chosen.fitted, *self.own_text],
             held_out=chosen.held_out,
             structure=cuts,
             settings=settings,
@@ -267,7 +274,9 @@ class PruneStage:
             structure=list_structure_rows(model.shape, shape),
             linears=tuple(linears),
             blocks=tuple(blocks),
-            selection=chosen.counts,
+            selection=chosen.counts.model_copy(
+                update={"own_text_tokens": count_tokens(self.own_text)}
+            ),
         )
 
     def _prune_blocks(

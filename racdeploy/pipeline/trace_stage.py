@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,12 +123,9 @@ class TraceStage:
     def inputs(
         self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1, limit: int = 0
     ) -> Inputs:
-        """Return the inputs of a model's traces; torch is one only if it generates them."""
-        engine = self._find_engine(checkpoint)
-        needs_torch = not (self._is_served(checkpoint) or engine)
+        """Return the inputs of a model's traces."""
         inputs: dict[str, object] = {
-            **identify_code(__name__, COMPUTE_LIBRARIES if needs_torch else ()),
-            "model": checkpoint.sha256,
+            **self.identify_engine(checkpoint),
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
         }
@@ -140,6 +137,16 @@ class TraceStage:
             inputs["limit"] = limit
         if self._may_end_early(max_prompts, samples):
             inputs["enough"] = self.enough_tokens
+        return inputs
+
+    def identify_engine(self, checkpoint: Checkpoint) -> Inputs:
+        """Return what answers for a model: torch is an input only if it does."""
+        engine = self._find_engine(checkpoint)
+        needs_torch = not (self._is_served(checkpoint) or engine)
+        inputs: dict[str, object] = {
+            **identify_code(__name__, COMPUTE_LIBRARIES if needs_torch else ()),
+            "model": checkpoint.sha256,
+        }
         if engine:
             inputs["engine"] = dict(engine.identity)
         return inputs
@@ -158,7 +165,7 @@ class TraceStage:
         checkpoint = Checkpoint(sparse) if sparse else self.dense
         expected = self.inputs(checkpoint, max_prompts, samples, limit)
         if not Stage.locate(self.workspace.work, "traces", expected).is_finished:
-            self._export(checkpoint)  # whether the file can answer is an input
+            self.export_file(checkpoint)  # whether it can answer is an input
 
         stage = self.workspace.open("traces", self.inputs(checkpoint, max_prompts, samples, limit))
         out = TraceSet(stage.folder)
@@ -185,7 +192,7 @@ class TraceStage:
         else:
             traces = self._probe_and_collect(collection, checkpoint, longest)
 
-        _remove_finished_logs(stage.folder)
+        remove_finished_logs(stage.folder)
         counts = summarize_traces(traces, checkpoint, self.encoder, self.settings.identity)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
@@ -219,9 +226,7 @@ class TraceStage:
         self, collection: TraceCollection, checkpoint: Checkpoint, longest: int, tokens: int
     ) -> list[Trace]:
         """Answer prompts with at most ``tokens`` tokens; ``longest``: of the longest prompt."""
-        with self._open_source(
-            collection, checkpoint, prompt_tokens=longest, answer_tokens=tokens
-        ) as source:
+        with self._open_collection(collection, checkpoint, longest, tokens) as source:
             return collection.collect(source, tokens)
 
     def _probe_and_collect(
@@ -240,9 +245,7 @@ class TraceStage:
         while True:
             if found:
                 tokens = found.tokens
-            with self._open_source(
-                collection, checkpoint, prompt_tokens=longest, answer_tokens=tokens
-            ) as source:
+            with self._open_collection(collection, checkpoint, longest, tokens) as source:
                 found = found or collection.probe(source, tokens, most)
                 if found and not self.may_never_end:
                     check_ends(found)
@@ -278,19 +281,34 @@ class TraceStage:
             with request.open(model, request.settings) as engine:
                 share.serve_calls(lambda request: engine.generate(*request))
 
+    def _open_collection(
+        self, collection: TraceCollection, checkpoint: Checkpoint, longest: int, tokens: int
+    ) -> AbstractContextManager[CompletionSource]:
+        return self.open_source(
+            collection.out.folder,
+            collection.completion_progress,
+            checkpoint,
+            prompt_tokens=longest,
+            answer_tokens=tokens,
+        )
+
     @contextmanager
-    def _open_source(
+    def open_source(
         self,
-        collection: TraceCollection,
+        folder: Path,
+        completion_progress: CompletionProgress,
         checkpoint: Checkpoint,
         *,
         prompt_tokens: int,
         answer_tokens: int,
     ) -> Iterator[CompletionSource]:
-        """Yield the source of completions: the recipe's server, or the processes of this job."""
+        """Yield the source of completions: the recipe's server, or the processes of this job.
+
+        Args:
+            folder: of the stage, in which a killed run leaves what it had.
+            prompt_tokens: of the longest prompt.
+        """
         context_tokens = prompt_tokens + answer_tokens + 1
-        folder = collection.out.folder
-        completion_progress = collection.completion_progress
         if self._is_served(checkpoint):
             with server.open_server(
                 self.settings,
@@ -303,7 +321,7 @@ class TraceStage:
                 yield source
             return
 
-        file = self._export(checkpoint)
+        file = self.export_file(checkpoint)
         request = self._make_request(
             file, checkpoint, folder, prompt_tokens=prompt_tokens, context_tokens=context_tokens
         )
@@ -363,7 +381,7 @@ class TraceStage:
             return None
         return engine
 
-    def _export(self, checkpoint: Checkpoint) -> Path | None:
+    def export_file(self, checkpoint: Checkpoint) -> Path | None:
         """Return the file that answers for a model, None if none does."""
         engine = self._find_engine(checkpoint)
         return engine.export(checkpoint) if engine else None
@@ -404,7 +422,7 @@ def _answer_durably(
     prompts, sampling = request
     # Each shard has a seed of its own, and each part of it a limit.
     file = folder / f"{_UNFINISHED}{sampling.seed}-{sampling.max_new_tokens}.jsonl"
-    _remove_finished_logs(folder, file if resumes else None)
+    remove_finished_logs(folder, file if resumes else None)
 
     with TokenLog(file, len(prompts)) as log:
 
@@ -426,7 +444,7 @@ def read_limit(folder: Path) -> AnswerLimit | None:
     return AnswerLimit(**read_json(file)) if file.is_file() else None
 
 
-def _remove_finished_logs(folder: Path, kept: Path | None = None) -> None:
+def remove_finished_logs(folder: Path, kept: Path | None = None) -> None:
     """Remove the token logs of finished shards: all but ``kept``."""
     for file in folder.glob(f"{_UNFINISHED}*"):
         if file != kept:

@@ -91,13 +91,18 @@ class Traces(Section):
 
 
 class Calibration(Section):
-    """Selection of the trace tokens that the statistics are gathered on."""
+    """Selection of the trace tokens that the statistics are gathered on.
+
+    Args:
+        own_text_tokens: further tokens, which the model writes without a prompt.
+    """
 
     source: Literal["rac", "prompt"] = "rac"
     max_tokens: NonNegativeInt = 32_768
     only_correct: bool = False
     keep_truncated: bool | None = None  # those that do not repeat themselves
     held_out_share: float = Field(default=0.125, ge=0, le=0.5)
+    own_text_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
 
     @property
     def tokens_to_collect(self) -> int:

@@ -16,6 +16,7 @@ class CalibrationCounts(FrozenModel):
 
     Args:
         left_out: number of other traces by the reason for leaving them out.
+        own_text_tokens: tokens of text without a prompt that calibrated too.
         rac_tokens: tokens of the whole traces that could calibrate.
         source: ``rac``, whole traces, or ``prompt``, prompts alone.
         tasks_not_held_out: tasks without a held-out trace, sorted.
@@ -25,6 +26,7 @@ class CalibrationCounts(FrozenModel):
     calibration_traces: NonNegativeInt
     held_out_traces: NonNegativeInt
     left_out: dict[str, int]
+    own_text_tokens: NonNegativeInt = 0
     rac_tokens: NonNegativeInt
     source: str
     tasks_not_held_out: list[str]

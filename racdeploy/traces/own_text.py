@@ -1,0 +1,79 @@
+"""Text that a model writes without a prompt, from the beginning of a text, in the form of traces.
+
+Calibrated on its answers alone, a model stays near to itself in those, and less so in other text.
+What it writes freely is as varied as what it has learned, and needs nobody's data.
+Source: Williams et al., "Self-calibration for Language Model Quantization and Pruning", arXiv
+2410.17170; the whole distribution is sampled here, where they begin with a higher temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from racdeploy.engines.completion_progress import CompletionProgress
+from racdeploy.engines.engine import Completion, Ids, Sampling
+from racdeploy.traces.collect import CompletionSource
+from racdeploy.traces.text import TEXT_TASK
+from racdeploy.traces.trace import Trace, TraceSet, count_tokens
+
+TOKENS = 256
+"""Maximum of a text: many short ones have more beginnings than a few long ones."""
+TEXTS_TOGETHER = 16
+"""Texts of a shard."""
+_SEED_STRIDE = 1_000_003  # above any number of shards
+_MOST_SHARDS = 4
+"""Times as many texts as would be enough if all were whole: some models end a text at once."""
+
+
+def write_own_text(
+    source: CompletionSource,
+    out: TraceSet,
+    first_ids: Ids,
+    *,
+    stop_ids: Ids,
+    tokens: int,
+    seed: int,
+    completion_progress: CompletionProgress,
+) -> list[Trace]:
+    """Let a model write until there are ``tokens`` tokens of it; finished shards are reused.
+
+    Args:
+        first_ids: what a text of the model begins with.
+        stop_ids: ids that end a text.
+    """
+    number = 0
+    while number < _MOST_SHARDS * count_shards(tokens) and count_tokens(out.read()) < tokens:
+        if not out.shard(number).is_file():
+            sampling = Sampling(
+                max_new_tokens=TOKENS,
+                stop_ids=stop_ids,
+                temperature=1.0,
+                seed=seed * _SEED_STRIDE + number,
+            )
+            (completions,) = source.answer([([[*first_ids]] * TEXTS_TOGETHER, sampling)])
+            out.append(number, _make_traces(number * TEXTS_TOGETHER, first_ids, completions))
+        number += 1
+        completion_progress.set_saved(out.count())
+    return out.read()
+
+
+def count_shards(tokens: int) -> int:
+    """Return how many shards have that many tokens if no text ends early."""
+    return -(-tokens // (TOKENS * TEXTS_TOGETHER))
+
+
+def _make_traces(start: int, first_ids: Ids, completions: Sequence[Completion]) -> list[Trace]:
+    traces = []
+    for index, completion in enumerate(completions, start):
+        trace = Trace(
+            index,
+            TEXT_TASK,
+            question="",
+            gold="",
+            prompt_ids=first_ids,
+            completion_ids=completion.ids,
+            thinking_tokens=len(completion.ids),
+            truncated=completion.finish_reason != "stop",
+        )
+        traces.append(trace)
+    return traces
