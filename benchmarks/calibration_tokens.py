@@ -3,9 +3,10 @@
     python -m benchmarks.off_levels MODEL build/model
     python -m benchmarks.calibration_tokens build/model --recipe RECIPE --work build/work
 
-Prints the KL from the dense model on held-out traces and on text for each number of tokens, and the
-seconds of the pruning. All numbers share the traces: they must be enough for the greatest one. The
-recipe has tasks and traces.
+Prints the KL from the dense model on held-out traces and on two sets of text for each number of
+tokens, and the seconds of the pruning. All numbers share the traces: they must be enough for the
+greatest one. ``--own-text`` adds tokens that the model writes without a prompt. The recipe has tasks
+and traces.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--own-text", type=int, nargs="+", default=[0])
+    parser.add_argument("--uncut", action="store_true", help="the rung without a cut alone")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
 
-    print("| model | tokens | KL, traces | equal | KL, text | equal | pruning |")
-    print("|---|---|---|---|---|---|---|")
-    for rung in RUNGS:
+    print("| model | tokens | KL, traces | equal | KL, text | equal | KL, other text | equal | s |")
+    print("|---" * 9 + "|")
+    for rung in RUNGS[: 1 if arguments.uncut else None]:
         settings: RecipeSettings = {
             "model": str(arguments.model),
             "export": {"quant": rung.quant},
@@ -50,12 +53,15 @@ def main() -> None:
         recipe = Recipe.combine(arguments.recipe, settings)
         build = Build(Job(recipe), arguments.work, arguments.threads)
         for tokens in arguments.tokens:
-            measure(build, rung, tokens)
+            for own_text in arguments.own_text:
+                measure(build, rung, tokens, own_text)
 
 
-def measure(build: Build, rung: Rung, tokens: int) -> None:
+def measure(build: Build, rung: Rung, tokens: int, own_text: int) -> None:
     """Prune a rung on a number of tokens, measure its file, and print a row."""
-    recipe = build.job.recipe.with_settings({"calibration": {"max_tokens": tokens}})
+    recipe = build.job.recipe.with_settings(
+        {"calibration": {"max_tokens": tokens, "own_text_tokens": own_text}}
+    )
     own = replace(build, job=build.job.with_recipe(recipe))
     own.traces()
     began_s = time.perf_counter()
@@ -63,13 +69,18 @@ def measure(build: Build, rung: Rung, tokens: int) -> None:
     seconds = time.perf_counter() - began_s
 
     # The held-out traces do not depend on the number of tokens.
-    found = DivergenceMeter(own).measure(own.export_pruned())
+    meter = DivergenceMeter(own)
+    exported = own.export_pruned()
+    found = meter.measure(exported)
+    other = meter.measure(exported, "report").text
     figures = []
-    for passages in (found.traces, found.text):
+    for passages in (found.traces, found.text, other):
         figures += [f"{passages.kl:.3g}", f"{passages.same_share:.1%}"]
     assert model.selection, "the model was pruned by this build"
-    used = model.selection.calibration_tokens
-    print(f"| {rung} | {used:,} | {' | '.join(figures)} | {seconds:.0f} s |", flush=True)
+    used = f"{model.selection.calibration_tokens:,}"
+    if own_text:
+        used += f" + {model.selection.own_text_tokens:,}"
+    print(f"| {rung} | {used} | {' | '.join(figures)} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

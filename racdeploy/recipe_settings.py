@@ -26,6 +26,7 @@ class CalibrationSettings(TypedDict, total=False):
 
     source: str | None
     max_tokens: int
+    own_text_tokens: int
 
 
 class StructureSettings(TypedDict, total=False):

@@ -154,7 +154,10 @@ def _describe_traces(plan: Plan) -> list[str]:
         lines.append(f"the server has {plan.trace_server_model} and tokenizes as the model does")
     if pruning := plan.pruning:
         bound = "at most " if pruning.is_bound else ""
-        lines.append(f"pruning is calibrated on {bound}{pruning.prune_tokens:,} tokens")
+        line = f"pruning is calibrated on {bound}{pruning.prune_tokens:,} tokens"
+        if own_text := pruning.own_text_tokens:
+            line += f", {own_text:,} of them text that the model writes without a prompt"
+        lines.append(line)
 
     return lines
 

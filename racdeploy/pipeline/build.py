@@ -453,6 +453,7 @@ class Build:
             prune_tokens=tokens,
             prune_memory_bytes=pruning_bytes,
             is_bound=not traces,
+            own_text_tokens=settings.calibration.own_text_tokens,
             asks=tuple(job.tasks.sources),
             trace_cuts=tuple(job.predict_truncation("calibration")),
             trace_memory_bytes_at_most=tracing_bytes,

@@ -333,6 +333,8 @@ def _selection_notes(counts: CalibrationCounts | None) -> list[str]:
     tokens = counts.calibration_tokens
     unit = "prompts" if counts.source == "prompt" else "traces"
     note = f"calibrated on {tokens:,} tokens of {counts.calibration_traces} {unit}"
+    if counts.own_text_tokens:
+        note += f", and on {counts.own_text_tokens:,} of text without a prompt"
     if counts.left_out:
         left_out = [f"{count} {reason}" for reason, count in counts.left_out.items()]
         note += f"; left out: {', '.join(left_out)}"

@@ -17,6 +17,7 @@ from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
 from racdeploy.processes.cores import available_cores
 from racdeploy.results.plan import Plan
+from racdeploy.traces import own_text
 from racdeploy.traces.trace import Trace
 
 _MATRIX_WIDTH = 768  # such matrices keep every core busy and fit its cache
@@ -45,15 +46,17 @@ def estimate_seconds(
     pace = _Pace.measure(job.checkpoint, threads)
     mean_length = expect_answer_tokens(job, traces)
 
-    def sampling_s(prompts: int) -> float:
+    def sampling_s(prompts: int, length: float = mean_length) -> float:
         # Under torch, which reads the weights in float32.
         together = 1 if job.checkpoint.family.has_state else recipe.traces.batch_size
         float32_bytes = 4 * count_active_weights(job.checkpoint)
-        return pace.answers_s(prompts, mean_length, together, read_bytes=float32_bytes)
+        return pace.answers_s(prompts, length, together, read_bytes=float32_bytes)
 
     seconds = {}
     if not (traces or recipe.traces.server):
         seconds["trace"] = sampling_s(job.expect_trace_prompts(mean_length))
+        own_texts = math.ceil(recipe.calibration.own_text_tokens / own_text.TOKENS)
+        seconds["trace"] += sampling_s(own_texts, own_text.TOKENS)
 
     # Of all answers to a prompt at most two are learned, twice.
     answers = plan.recovery.shorten_answers_at_most if plan.recovery else 0

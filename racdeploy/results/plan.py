@@ -76,6 +76,7 @@ class PruningPlan:
 
     Args:
         is_bound: True before there are traces; then tokens and memory are upper bounds.
+        own_text_tokens: how many of the tokens the model writes without a prompt.
         asks: sources of the tasks' problems.
         trace_cuts: sentences on tasks whose thinking is longer than its limit.
         trace_memory_bytes_at_most: None if the traces exist, or a server answers.
@@ -84,6 +85,7 @@ class PruningPlan:
     prune_tokens: int
     prune_memory_bytes: int
     is_bound: bool
+    own_text_tokens: int = 0
     asks: Names = ()
     trace_cuts: Names = ()
     trace_memory_bytes_at_most: int | None = None
