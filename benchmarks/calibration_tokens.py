@@ -5,8 +5,8 @@
 
 Prints the KL from the dense model on held-out traces and on two sets of text for each number of
 tokens, and the seconds of the pruning. All numbers share the traces: they must be enough for the
-greatest one. ``--own-text`` adds tokens that the model writes without a prompt. The recipe has tasks
-and traces.
+greatest one. ``--own-text`` adds tokens that the model writes without a prompt. The recipe has
+tasks and traces.
 """
 
 from __future__ import annotations
