@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import runpy
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,6 +60,7 @@ def test_a_finished_cell_is_not_repeated(
     words = f"--model {model} --tasks gcd --quants q4_0 --arms nearest ours --seeds 0 --traces 4"
     words += f" --held-out 2 --max-new-tokens 8 --text {text} --work {tmp_path} --out {tmp_path}/o"
     monkeypatch.setattr(sys, "argv", ["quantizers", *words.split()])
+    monkeypatch.setattr(quantizers.subprocess, "run", _run_here)
     quantizers.main()
     table = capsys.readouterr().out
     nearest, ours = table.splitlines()[2:4]
@@ -63,3 +70,18 @@ def test_a_finished_cell_is_not_repeated(
     monkeypatch.delattr(quantizers.Benchmark, "_quantize")
     quantizers.main()
     assert table == capsys.readouterr().out
+
+
+def _run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end in this process, which has torch already."""
+    python, flag, module, *arguments = command
+    assert [python, flag] == [sys.executable, "-m"]
+    out = io.StringIO()
+    with (
+        mock.patch.dict(sys.modules),
+        mock.patch.object(sys, "argv", [module, *arguments]),
+        contextlib.redirect_stdout(out),
+    ):
+        sys.modules.pop(module, None)  # its code is run once more, as the main module
+        runpy.run_module(module, run_name="__main__")
+    return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
