@@ -240,13 +240,30 @@ def _serve(connection: socket.socket) -> list[str] | None:
         request = json.loads(message)
         if "pid" in request:
             answer: Any = _look_after(request["pid"])
-        elif answer := os.fork():
+        elif answer := _fork(request, files):
             for file in files:
                 os.close(file)
         else:
-            _become_child(request, files)
             return list(request["arguments"])
         connection.send(json.dumps(answer).encode())
+
+
+def _fork(request: Mapping[str, Any], files: list[int]) -> int:
+    """Return a child's process number, or 0 in the child, which is then what was asked for.
+
+    The server waits for that, as who starts a process waits for its session.
+    """
+    waiting, becoming = os.pipe()
+    if pid := os.fork():
+        os.close(becoming)
+        os.read(waiting, 1)
+        os.close(waiting)
+        return pid
+
+    os.close(waiting)
+    _become_child(request, files)
+    os.close(becoming)
+    return 0
 
 
 def _look_after(pid: int) -> tuple[int | None, float]:
