@@ -1,4 +1,4 @@
-"""Quantiles and binomial probabilities by bisection and exact sums: numpy alone is needed.
+"""Quantiles and binomial probabilities by bracketing and exact sums: numpy alone is needed.
 
 Sources: C. J. Clopper and E. S. Pearson, Biometrika 26 (1934) 404-413; Abramowitz and Stegun,
 Handbook of Mathematical Functions, 26.7, for Student's quantile.
@@ -19,6 +19,8 @@ ROUNDING_TOLERANCE = 1e-9
 """Tolerance for sums of shares that would be whole numbers without rounding."""
 _TAIL_SIGMAS = 8.5  # a binomial's mass outside is below 1e-15
 _SKEW_COUNTS = 25  # extra counts for small, skewed binomials, whose tails are not normal
+_GRID_POINTS = 129
+_GRIDS = 8  # each divides the interval by 128: 56 bits together
 _TINY = 1e-300  # avoids the logarithm of 0
 
 
@@ -30,6 +32,25 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float, steps: in
             low = middle
         else:
             high = middle
+
+    return high
+
+
+def last_accepted(
+    is_accepted_P: Callable[[Floats], NDArray[np.bool_]], low: float, high: float
+) -> float:
+    """Return the point at which acceptance ends, to float precision near 1.
+
+    Many points at a time: numpy takes as long for one number as for all of them.
+
+    Args:
+        is_accepted_P: of each point; once false, false for all greater ones.
+        low: a point that is accepted.
+    """
+    for _ in range(_GRIDS):
+        points_P = np.linspace(low, high, _GRID_POINTS)
+        accepted = int(np.count_nonzero(is_accepted_P(points_P[1:-1])))
+        low, high = float(points_P[accepted]), float(points_P[accepted + 1])
 
     return high
 

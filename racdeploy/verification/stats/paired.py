@@ -29,6 +29,7 @@ from racdeploy.verification.stats import distributions
 from racdeploy.verification.stats.distributions import (
     Floats,
     bisect,
+    last_accepted,
     normal_quantile,
 )
 from racdeploy.verification.stats.verdicts import ConfidenceInterval
@@ -201,12 +202,12 @@ def smallest_detectable_drop(
 
 
 def tango_score(
-    n10: Counts, n01: Counts, n: Counts, drop: float, continuity: float = 0.0
+    n10: Counts, n01: Counts, n: Counts, drop: float | Floats, continuity: float = 0.0
 ) -> Floats:
     """Return Tango's score of a hypothetical drop: its difference in standard deviations.
 
     Args:
-        n10, n01, n: counts, broadcast against each other.
+        n10, n01, n, drop: broadcast against each other.
         continuity: flips by which the difference is reduced.
     """
     # The most likely p01 under the hypothesis is the larger root of 2n p² + b p + c = 0, written
@@ -242,10 +243,10 @@ def _upper_bound(n10: float, n01: float, n: float, *, quantile: float, continuit
     if observed == 1.0:
         return 1.0
 
-    def is_accepted(drop: float) -> bool:
-        return not float(tango_score(n10, n01, n, drop, continuity=continuity)) < -quantile
+    def is_accepted(drop_P: Floats) -> NDArray[np.bool_]:
+        return ~(tango_score(n10, n01, n, drop_P, continuity=continuity) < -quantile)
 
-    return bisect(is_accepted, observed, 1.0)
+    return last_accepted(is_accepted, observed, 1.0)
 
 
 def _mean_right(right: ArrayLike) -> Floats:
