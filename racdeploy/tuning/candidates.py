@@ -70,6 +70,7 @@ def propose_candidates(job: Job) -> tuple[list[CandidateSpec], dict[str, str]]:
     Raises:
         UsageError: no dense candidate is possible.
     """
+    _ = job.tasks  # with their problems, which the candidates' jobs share
     check_model(job.with_recipe(job.recipe.without_pruning()))
     specs = []
     excluded = {}

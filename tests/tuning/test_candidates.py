@@ -46,6 +46,12 @@ def test_formats_are_tried_alone_with_cuts_and_with_zeros(ask: Propose) -> None:
     assert all(bool(each.job.rounding_quants) == each.name.endswith("q4_0") for each in choices)
 
 
+def test_all_candidates_share_the_problems(ask: Propose) -> None:
+    """They are drawn once, however many candidates there are."""
+    choices, _ = ask(quants=("q8_0", "q4_0"), ffn=(0.5,))
+    assert len({id(choice.job.tasks) for choice in choices}) == 1
+
+
 def test_what_a_target_proposes_is_not_in_a_candidate_that_prunes_nothing(ask: Propose) -> None:
     """The target gguf proposes a cut, which a dense model has not."""
     dense, cut = (choice.recipe for choice in ask(quants=("q8_0",), ffn=(0.5,))[0])
