@@ -45,7 +45,7 @@ from racdeploy.traces.trace import Trace
 
 REPORT_SEED = 1_000
 """Of the traces that files are compared on; those of a build have seed 0."""
-REPORT_TRACES = 32
+REPORT_TRACES = 64
 DENSE = "dense Q8_0"
 Row = dict[str, Any]
 
@@ -123,7 +123,7 @@ class Benchmark:
     @cached_property
     def _meter(self) -> DivergenceMeter:
         """Compares on traces that nothing was calibrated on."""
-        held_out = {"max_tokens": 1, "held_out_share": 0.5}
+        held_out = {"held_out_share": 0.5}
         return DivergenceMeter(self._open({"count": REPORT_TRACES, "seed": REPORT_SEED}, held_out))
 
     def _open(self, traces: Row, calibration: Row) -> Build:
