@@ -78,6 +78,25 @@ def _find_unknown(settings: type, model: type[BaseModel]) -> set[str]:
     return unknown
 
 
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, 8_192),
+        ({"effort": "quick"}, 2_048),
+        ({"effort": "thorough"}, 32_768),
+        ({"calibration": {"max_tokens": 0}}, 8_192),
+        ({"calibration": {"source": "prompt"}}, 0),
+        ({"traces": {"server": "http://127.0.0.1:1/v1"}}, 0),
+        ({"calibration": {"source": "prompt", "own_text_tokens": 64}}, 64),
+    ],
+)
+def test_text_calibrates_too_where_the_model_is_here_and_thinks(
+    options: RecipeSettings, tokens: int
+) -> None:
+    """A quarter as much as the traces, unless the recipe says how much."""
+    assert Recipe.combine(None, options).own_text_tokens == tokens
+
+
 def test_settings_before_validation_have_only_keys_of_a_recipe() -> None:
     """An option that sets another key would be refused when it is first given."""
     assert _find_unknown(RecipeSettings, Recipe) == set()
@@ -114,7 +133,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         *("also", "ladder.no_worse_than", "tasks", "calibration_tasks", "prune.ignore"),
         "verify.controls",
         *("prune.sparsity", "recover.tokens", "recover.methods", "recover.extra_text"),
-        *("recover.shorten", "calibration.keep_truncated"),
+        *("recover.shorten", "calibration.keep_truncated", "calibration.own_text_tokens"),
         *("traces.server", "traces.server_model", "traces.server_key_env"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),

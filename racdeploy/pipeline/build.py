@@ -437,7 +437,7 @@ class Build:
             held_out_count = round(settings.calibration.held_out_share * len(longest))
             held_out_tokens = sum(longest[:held_out_count])
             tokens = min(sum(longest), settings.calibration.max_tokens or sum(longest))
-        tokens += settings.calibration.own_text_tokens
+        tokens += settings.own_text_tokens
 
         tracing_bytes = None
         if not (traces or settings.traces.server):
@@ -453,7 +453,7 @@ class Build:
             prune_tokens=tokens,
             prune_memory_bytes=pruning_bytes,
             is_bound=not traces,
-            own_text_tokens=settings.calibration.own_text_tokens,
+            own_text_tokens=settings.own_text_tokens,
             asks=tuple(job.tasks.sources),
             trace_cuts=tuple(job.predict_truncation("calibration")),
             trace_memory_bytes_at_most=tracing_bytes,
@@ -524,7 +524,7 @@ class Build:
 
     @property
     def own_text_stage(self) -> OwnTextStage:
-        return OwnTextStage(self.trace_stage, self.job.recipe.calibration.own_text_tokens)
+        return OwnTextStage(self.trace_stage, self.job.recipe.own_text_tokens)
 
     @cached_property
     def trace_engine(self) -> TraceEngine:

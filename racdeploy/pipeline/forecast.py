@@ -55,7 +55,7 @@ def estimate_seconds(
     seconds = {}
     if not (traces or recipe.traces.server):
         seconds["trace"] = sampling_s(job.expect_trace_prompts(mean_length))
-        own_texts = math.ceil(recipe.calibration.own_text_tokens / own_text.TOKENS)
+        own_texts = math.ceil(recipe.own_text_tokens / own_text.TOKENS)
         seconds["trace"] += sampling_s(own_texts, own_text.TOKENS)
 
     # Of all answers to a prompt at most two are learned, twice.

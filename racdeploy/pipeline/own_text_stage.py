@@ -10,7 +10,13 @@ from racdeploy.files.stages import Inputs
 from racdeploy.models.tokenizer_files import find_token_ids
 from racdeploy.pipeline.trace_stage import TraceStage, remove_finished_logs
 from racdeploy.pipeline.workspace import identify_code
-from racdeploy.traces.own_text import TEXTS_TOGETHER, TOKENS, count_shards, write_own_text
+from racdeploy.traces.own_text import (
+    TEXTS_TOGETHER,
+    TOKENS,
+    count_shards,
+    take_tokens,
+    write_own_text,
+)
 from racdeploy.traces.trace import Trace, TraceSet
 
 _STAGE = "own-text"
@@ -58,7 +64,7 @@ class OwnTextStage:
         stage = workspace.open(_STAGE, self.inputs)
         out = TraceSet(stage.folder)
         if stage.is_finished:
-            return out.read()
+            return take_tokens(out.read(), self.tokens)
 
         total = TEXTS_TOGETHER * count_shards(self.tokens)
         progress = CompletionProgress(workspace.progress, "own text", total)

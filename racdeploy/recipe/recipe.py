@@ -75,6 +75,19 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def own_text_tokens(self) -> int:
+        """Tokens of text that the model writes without a prompt, to be calibrated on too.
+
+        A quarter as many as of traces; none where prompts alone calibrate, and none where a server
+        writes the traces, since this machine may not hold the model.
+        """
+        if self.calibration.own_text_tokens is not None:
+            return self.calibration.own_text_tokens
+        if self.calibration.source == "prompt" or self.traces.server:
+            return 0
+        return (self.calibration.max_tokens or Calibration().max_tokens) // 4
+
     @classmethod
     def read(cls, file: Path | str | None = None, settings: Settings | None = None) -> Self:
         """Return the recipe of a TOML file, with settings by key, as ``prune.sparsity``.

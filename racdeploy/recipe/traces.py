@@ -94,7 +94,8 @@ class Calibration(Section):
     """Selection of the trace tokens that the statistics are gathered on.
 
     Args:
-        own_text_tokens: further tokens, which the model writes without a prompt.
+        own_text_tokens: further tokens, which the model writes without a prompt; 0: none. None: see
+            :attr:`Recipe.own_text_tokens`.
     """
 
     source: Literal["rac", "prompt"] = "rac"
@@ -102,7 +103,7 @@ class Calibration(Section):
     only_correct: bool = False
     keep_truncated: bool | None = None  # those that do not repeat themselves
     held_out_share: float = Field(default=0.125, ge=0, le=0.5)
-    own_text_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    own_text_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
 
     @property
     def tokens_to_collect(self) -> int:

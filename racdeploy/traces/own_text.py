@@ -35,7 +35,7 @@ def write_own_text(
     seed: int,
     completion_progress: CompletionProgress,
 ) -> list[Trace]:
-    """Let a model write until there are ``tokens`` tokens of it; finished shards are reused.
+    """Let a model write ``tokens`` tokens, up to the end of a text; finished shards are reused.
 
     Args:
         first_ids: what a text of the model begins with.
@@ -54,7 +54,19 @@ def write_own_text(
             out.append(number, _make_traces(number * TEXTS_TOGETHER, first_ids, completions))
         number += 1
         completion_progress.set_saved(out.count())
-    return out.read()
+    return take_tokens(out.read(), tokens)
+
+
+def take_tokens(texts: Sequence[Trace], tokens: int) -> list[Trace]:
+    """Return the first texts that have so many tokens together, of which the last may have more."""
+    taken = []
+    left = tokens
+    for text in texts:
+        if left <= 0:
+            break
+        taken.append(text)
+        left -= len(text.ids)
+    return taken
 
 
 def count_shards(tokens: int) -> int:

@@ -43,7 +43,7 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
         "model": str(make_checkpoint(tmp_path / "model", "qwen3")),
         "traces": {"count": 8, "batch_size": 4, "max_new_tokens": 12},
         "tasks": ("gcd",),
-        "calibration": {"keep_truncated": True},
+        "calibration": {"keep_truncated": True, "own_text_tokens": 0},
         "prune": {"sparsity": 0.5},
         "recover": {"tokens": 2000},
         "verify": {"count": 8, "max_new_tokens": 64, "context_tokens": 128},

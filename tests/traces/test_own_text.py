@@ -52,18 +52,30 @@ class _Writer:
 
 
 @pytest.mark.parametrize(
-    ("written", "wanted", "shards"), [(TOKENS, 4096, 1), (99, 4096, 3), (1, 4096, 4), (1, 9000, 12)]
+    ("written", "wanted", "shards", "enough"),
+    [
+        (TOKENS, 4096, 1, True),
+        (TOKENS, 600, 1, True),
+        (99, 4096, 3, True),
+        (1, 4096, 4, False),
+        (1, 9000, 12, False),
+    ],
 )
 def test_a_model_writes_until_it_is_enough(
-    tmp_path: Path, written: int, wanted: int, shards: int
+    tmp_path: Path, written: int, wanted: int, shards: int, enough: bool
 ) -> None:
-    """Each shard is sampled by a seed of its own; a model that ends at once is given up."""
+    """Each shard is sampled by a seed of its own; a model that ends at once is given up.
+
+    No more texts are taken than are needed.
+    """
     writer = _Writer(written)
     texts = writer.write(tmp_path, wanted)
     assert len(writer.asked) == shards
     assert len({sampling.seed for sampling in writer.asked}) == shards
     assert {sampling.temperature for sampling in writer.asked} == {1.0}
-    assert [text.index for text in texts] == [*range(shards * TEXTS_TOGETHER)]
+    assert [text.index for text in texts] == [*range(len(texts))]
+    assert count_tokens(texts[:-1]) < wanted
+    assert (count_tokens(texts) >= wanted) is enough
     assert {text.prompt_ids for text in texts} == {(BEGIN,)}
 
 
