@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--files", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these alone, in this order")
     parser.add_argument("--traces", type=int, default=128, help="for importance and AutoRound")
     parser.add_argument("--prompts", type=int, default=0, help="to answer; 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=0)
@@ -72,8 +73,9 @@ def main() -> None:
 
     bench = Benchmark(arguments)
     rows = []
-    for name, make in bench.list_files().items():
-        rows.append(bench.measure(name, make))
+    makers = bench.list_files()
+    for name in arguments.rows or makers:
+        rows.append(bench.measure(name, makers[name]))
         write_atomic(arguments.out / "table.md", make_table(rows))
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
 

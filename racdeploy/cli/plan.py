@@ -255,6 +255,8 @@ def _advise(plan: Plan) -> list[str]:
         advice += plan.artifact.evaluation_cuts
     if plan.pruning:
         advice += plan.pruning.trace_cuts
+    if plan.structure and not plan.rungs:  # a rung's cost is measured on the model itself
+        advice += plan.structure.costs
     return advice + _advise_on_prompts(plan)
 
 

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.ladder import Ladder
+from racdeploy.pipeline.structure import list_cut_costs
+from racdeploy.pipeline.workspace import notify
 from racdeploy.results.plan import Plan
 from racdeploy.results.report import Report
 
@@ -30,6 +32,8 @@ class OneModel:
 
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Build, verify and write a bundle; return its folder and its report."""
+        for cost in list_cut_costs(self.build.job):
+            notify(cost)
         return self.build.run(out)
 
     def plan(self, out: Path | None = None) -> Plan:

@@ -12,6 +12,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
 from racdeploy.pruning.structure.layout import UnitLayout
+from racdeploy.pruning.structure.measured_costs import note_text_costs
 from racdeploy.pruning.structure.shares import (
     check_input_widths,
     is_far,
@@ -171,7 +172,17 @@ def plan_cut(job: Job) -> StructurePlan:
         return StructurePlan(note=note)
 
     about = describe_remaining(kept, expected.structure)
-    return StructurePlan(note=note, parameters_left=kept.parameters, keeps=f"about {about}")
+    return StructurePlan(
+        note=note,
+        parameters_left=kept.parameters,
+        keeps=f"about {about}",
+        costs=list_cut_costs(job),
+    )
+
+
+def list_cut_costs(job: Job) -> tuple[str, ...]:
+    """Return a sentence for each cut of a job that cost a published model much."""
+    return tuple(note_text_costs(job.structure, is_recovered=bool(job.recipe.recover.tokens)))
 
 
 def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> KeptStructure | None:

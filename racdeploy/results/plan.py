@@ -63,11 +63,13 @@ class StructurePlan:
         note: remarks on model, tasks and recipe; empty for none.
         parameters_left: None if nothing is cut.
         keeps: the remaining structure, in words.
+        costs: sentences on cuts that cost a published model much.
     """
 
     note: str = ""
     parameters_left: int | None = None
     keeps: str = ""
+    costs: Names = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@
 number of blocks and ``"V"`` for that of tokens. ``COUNT_UNIT`` names the units if a recipe may
 give their number. ``layout(shape, block, structure) -> UnitLayout`` describes the units.
 ``check(checkpoint, structure)`` refuses an impossible cut with a UsageError.
+``TEXT_KL``, where it was measured, is what a published model's text loses, by the share that is
+kept; see :mod:`racdeploy.pruning.structure.measured_costs`.
 ``SCOPE`` is where the structure is cut, and so when:
 
 - ``"model"``: before the walk over the blocks.

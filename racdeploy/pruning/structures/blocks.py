@@ -25,6 +25,7 @@ from racdeploy.pruning.walk.statistics import PAD
 from racdeploy.recipe import Structure
 
 SCOPE, SIZE_LETTER = "model", "L"
+TEXT_KL = {0.9: 1.3}
 PROBE_TOKENS = 2048
 
 

@@ -10,6 +10,7 @@ from racdeploy.pruning.structure.shares import check_share
 from racdeploy.recipe import Structure
 
 SCOPE, SIZE_LETTER = "block", "F"
+TEXT_KL = {0.9: 0.38, 0.75: 0.73, 0.5: 1.5}
 
 
 def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:

@@ -15,6 +15,7 @@ from racdeploy.pruning.structures import kv_groups
 from racdeploy.recipe import Structure
 
 SCOPE, SIZE_LETTER = "block", "Q"
+TEXT_KL = {0.75: 0.98}
 
 
 def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
