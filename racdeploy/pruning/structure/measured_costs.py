@@ -34,9 +34,9 @@ def note_text_costs(structure: Structure, *, is_recovered: bool) -> Iterator[str
         share = min(milder)
         if measured[share] <= DOWNLOAD_TEXT_KL:
             continue
-        afterwards = "before recovery" if is_recovered else "and nothing recovers it here"
+        afterwards = " before recovery" if is_recovered else ", and nothing recovers it here"
         yield (
-            f"{part}={share:g} moved {MODEL} {measured[share]:.2g} nats from dense on text, "
-            f"llama.cpp's Q4_K_M {DOWNLOAD_TEXT_KL:g} ({afterwards}): expect as much of a model "
-            "that was not taught one kind of problem"
+            f"{part}={share:g} moved {MODEL} {measured[share]:.2g} nats from dense on text"
+            f"{afterwards}; llama.cpp's Q4_K_M is {DOWNLOAD_TEXT_KL:g} away: expect as much of a "
+            "model that was not taught one kind of problem"
         )
