@@ -155,7 +155,7 @@ def test_a_plan_says_what_pruning_takes(tmp_path: Path) -> None:
     """A bound before the traces are there, their tokens afterwards."""
     build = _build(tmp_path)
     before = build.plan_pruning()
-    bounds = {"prune_tokens_at_most", "prune_memory_bytes_at_most"}
+    bounds = {"prune_tokens_at_most", "prune_memory_bytes_at_most", "own_text_tokens"}
     assert set(Plan(pruning=before).to_json()) == {"trace_memory_bytes_at_most", *bounds}
     assert not (tmp_path / "work").exists(), "a plan leaves nothing behind"
     build.traces()
