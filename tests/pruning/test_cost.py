@@ -17,6 +17,7 @@ from racdeploy.pruning.block_pruning import prune_blocks
 from racdeploy.pruning.memory_estimate import estimate_pruning_bytes, estimate_tracing_bytes
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.results.plan import Plan
+from racdeploy.traces import own_text
 from tests.support.fork_server import fork_context
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
@@ -155,15 +156,18 @@ def test_a_plan_says_what_pruning_takes(tmp_path: Path) -> None:
     """A bound before the traces are there, their tokens afterwards."""
     build = _build(tmp_path)
     before = build.plan_pruning()
-    bounds = {"prune_tokens_at_most", "prune_memory_bytes_at_most", "own_text_tokens"}
-    assert set(Plan(pruning=before).to_json()) == {"trace_memory_bytes_at_most", *bounds}
+    bounds = {"prune_tokens_at_most", "prune_memory_bytes_at_most", "trace_memory_bytes_at_most"}
+    assert set(Plan(pruning=before).to_json()) == {"own_text_tokens", *bounds}
     assert not (tmp_path / "work").exists(), "a plan leaves nothing behind"
     build.traces()
     after = build.plan_pruning()
-    assert set(Plan(pruning=after).to_json()) == {"prune_tokens", "prune_memory_bytes"}
+    exact = {"prune_tokens", "prune_memory_bytes"}
+    assert set(Plan(pruning=after).to_json()) == {"own_text_tokens", *exact}
+    assert after.own_text_tokens == before.own_text_tokens
     counts = build.prune().selection
     assert counts
-    assert after.prune_tokens == counts.calibration_tokens
+    assert after.prune_tokens == counts.calibration_tokens + after.own_text_tokens
+    assert 0 <= counts.own_text_tokens - after.own_text_tokens < own_text.TOKENS, "whole texts"
     assert after.prune_tokens <= before.prune_tokens
 
 
