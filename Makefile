@@ -26,7 +26,8 @@ KERNELS ?= slow or not slow
 # Once collected, tests write no bytecode (tests/conftest.py): it is there before the thousands of processes that they
 # start.
 COMPILE = $(BIN)/python -m compileall -q -f racdeploy tests benchmarks
-PYTEST = $(COMPILE) && $(BIN)/python -m pytest -n logical --dist worksteal --durations 20 --junitxml build/junit-$@.xml
+# A file stays with one worker, so that what its tests share is built once; the longest come first (tests/conftest.py).
+PYTEST = $(COMPILE) && $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations 40 --junitxml build/junit-$@.xml
 
 .PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz fuzz-changed lint docs check clean
 
@@ -53,7 +54,7 @@ test-slow: $(VENV)/.dev
 
 test-optimum: $(VENV_OPTIMUM)/.test
 	$(VENV_OPTIMUM)/bin/python -m pip check
-	$(VENV_OPTIMUM)/bin/python -m pytest -n logical --dist worksteal --junitxml build/junit-$@.xml $(TESTS_OPTIMUM)
+	$(VENV_OPTIMUM)/bin/python -m pytest -n logical --dist loadfile --junitxml build/junit-$@.xml $(TESTS_OPTIMUM)
 
 test-optimum-slow: $(VENV_OPTIMUM)/.test
 	$(VENV_OPTIMUM)/bin/python -m pytest -m slow -k optimum tests/exporting tests/clients

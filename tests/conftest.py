@@ -15,8 +15,19 @@ from racdeploy.processes.heap import keep_heap
 from tests.support import durations, prefork, shared
 from tests.support.signals import let_children_take_signals
 
-LONGEST = ("test_one_file_each.py", "test_api.py", "test_stats.py")
-"""Files that come first: at the end, one worker would wait for the other."""
+FIRST = (
+    "end_to_end/test_tune.py",
+    "end_to_end/test_interruption.py",
+    "end_to_end/*.py",
+    "attacks/test_computing.py",
+    "pruning/*.py",
+    "exporting/test_oracle.py",
+)
+"""Files that come first, as patterns: the longest, so that at the end no worker waits for another.
+
+The first two are begun together, one by each of two workers: the second one does not need the
+embedded model's build, which the first one makes for all.
+"""
 
 _BEGAN_S = pytest.StashKey[float]()
 
@@ -45,7 +56,12 @@ _take_own_core()  # before the conftest.py of a folder imports torch, which read
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first; the order of all others stays."""
-    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    matches = (place for place, pattern in enumerate(FIRST) if item.path.match(pattern))
+    return next(matches, len(FIRST))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -55,7 +55,7 @@ def test_workers_share_what_one_has_built(tmp_path: Path, monkeypatch: pytest.Mo
         "-n",
         "2",
         "--dist",
-        "worksteal",
+        "loadfile",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
