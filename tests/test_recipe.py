@@ -85,6 +85,8 @@ def _find_unknown(settings: type, model: type[BaseModel]) -> set[str]:
         ({"effort": "quick"}, 2_048),
         ({"effort": "thorough"}, 32_768),
         ({"calibration": {"max_tokens": 0}}, 8_192),
+        ({"traces": {"count": 10, "max_new_tokens": 400}}, 1_000),
+        ({"traces": {"count": 1000, "max_new_tokens": 400}}, 8_192),
         ({"calibration": {"source": "prompt"}}, 0),
         ({"traces": {"server": "http://127.0.0.1:1/v1"}}, 0),
         ({"calibration": {"source": "prompt", "own_text_tokens": 64}}, 64),

@@ -11,9 +11,9 @@ from racdeploy.models.tokenizer_files import find_token_ids
 from racdeploy.pipeline.trace_stage import TraceStage, remove_finished_logs
 from racdeploy.pipeline.workspace import identify_code
 from racdeploy.traces.own_text import (
-    TEXTS_TOGETHER,
     TOKENS,
     count_shards,
+    count_texts_together,
     take_tokens,
     write_own_text,
 )
@@ -66,7 +66,7 @@ class OwnTextStage:
         if stage.is_finished:
             return take_tokens(out.read(), self.tokens)
 
-        total = TEXTS_TOGETHER * count_shards(self.tokens)
+        total = count_texts_together(self.tokens) * count_shards(self.tokens)
         progress = CompletionProgress(workspace.progress, "own text", total)
         with trace_stage.open_source(
             stage.folder,

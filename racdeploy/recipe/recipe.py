@@ -79,14 +79,17 @@ class Recipe(Section):
     def own_text_tokens(self) -> int:
         """Tokens of text that the model writes without a prompt, to be calibrated on too.
 
-        A quarter as many as of traces; none where prompts alone calibrate, and none where a server
-        writes the traces, since this machine may not hold the model.
+        A quarter as many as traces have at most; none where prompts alone calibrate, and none where
+        a server writes the traces, since this machine may not hold the model.
         """
         if self.calibration.own_text_tokens is not None:
             return self.calibration.own_text_tokens
         if self.calibration.source == "prompt" or self.traces.server:
             return 0
-        return (self.calibration.max_tokens or Calibration().max_tokens) // 4
+        of_traces = self.calibration.max_tokens or Calibration().max_tokens
+        if self.traces.max_new_tokens:
+            of_traces = min(of_traces, self.traces.count * self.traces.max_new_tokens)
+        return of_traces // 4
 
     @classmethod
     def read(cls, file: Path | str | None = None, settings: Settings | None = None) -> Self:

@@ -8,6 +8,7 @@ Source: Williams et al., "Self-calibration for Language Model Quantization and P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from racdeploy.engines.completion_progress import CompletionProgress
@@ -18,8 +19,8 @@ from racdeploy.traces.trace import Trace, TraceSet, count_tokens
 
 TOKENS = 256
 """Maximum of a text: many short ones have more beginnings than a few long ones."""
-TEXTS_TOGETHER = 16
-"""Texts of a shard."""
+_TEXTS_TOGETHER = 16
+"""Texts of a shard at most."""
 _SEED_STRIDE = 1_000_003  # above any number of shards
 _MOST_SHARDS = 4
 """Times as many texts as would be enough if all were whole: some models end a text at once."""
@@ -41,6 +42,7 @@ def write_own_text(
         first_ids: what a text of the model begins with.
         stop_ids: ids that end a text.
     """
+    together = count_texts_together(tokens)
     number = 0
     while number < _MOST_SHARDS * count_shards(tokens) and count_tokens(out.read()) < tokens:
         if not out.shard(number).is_file():
@@ -50,8 +52,8 @@ def write_own_text(
                 temperature=1.0,
                 seed=seed * _SEED_STRIDE + number,
             )
-            (completions,) = source.answer([([[*first_ids]] * TEXTS_TOGETHER, sampling)])
-            out.append(number, _make_traces(number * TEXTS_TOGETHER, first_ids, completions))
+            (completions,) = source.answer([([[*first_ids]] * together, sampling)])
+            out.append(number, _make_traces(number * together, first_ids, completions))
         number += 1
         completion_progress.set_saved(out.count())
     return take_tokens(out.read(), tokens)
@@ -69,9 +71,14 @@ def take_tokens(texts: Sequence[Trace], tokens: int) -> list[Trace]:
     return taken
 
 
+def count_texts_together(tokens: int) -> int:
+    """Return how many texts are written together: few where a few tokens are asked for."""
+    return min(_TEXTS_TOGETHER, math.ceil(tokens / TOKENS))
+
+
 def count_shards(tokens: int) -> int:
     """Return how many shards have that many tokens if no text ends early."""
-    return -(-tokens // (TOKENS * TEXTS_TOGETHER))
+    return math.ceil(tokens / (TOKENS * count_texts_together(tokens)))
 
 
 def _make_traces(start: int, first_ids: Ids, completions: Sequence[Completion]) -> list[Trace]:

@@ -16,7 +16,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.prune_stage import PruneStage
 from racdeploy.recipe import Recipe
 from racdeploy.traces.collect import CompletionSource, ShardRequest
-from racdeploy.traces.own_text import TEXTS_TOGETHER, TOKENS, write_own_text
+from racdeploy.traces.own_text import TOKENS, count_texts_together, write_own_text
 from racdeploy.traces.trace import Trace, TraceSet, count_tokens
 from tests.support.tiny_models import make_checkpoint
 
@@ -30,11 +30,13 @@ class _Writer:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.asked: list[Sampling] = []
+        self.texts_together: set[int] = set()
 
     def answer(self, requests: Sequence[ShardRequest]) -> list[list[Completion]]:
         completions = []
         for prompts, sampling in requests:
-            assert prompts == [[BEGIN]] * TEXTS_TOGETHER
+            assert {*map(tuple, prompts)} == {(BEGIN,)}
+            self.texts_together.add(len(prompts))
             self.asked.append(sampling)
             completions.append([Completion((7,) * self.tokens, "stop") for _ in prompts])
         return completions
@@ -56,6 +58,7 @@ class _Writer:
     [
         (TOKENS, 4096, 1, True),
         (TOKENS, 600, 1, True),
+        (TOKENS, 1, 1, True),
         (99, 4096, 3, True),
         (1, 4096, 4, False),
         (1, 9000, 12, False),
@@ -71,6 +74,7 @@ def test_a_model_writes_until_it_is_enough(
     writer = _Writer(written)
     texts = writer.write(tmp_path, wanted)
     assert len(writer.asked) == shards
+    assert writer.texts_together == {count_texts_together(wanted)}
     assert len({sampling.seed for sampling in writer.asked}) == shards
     assert {sampling.temperature for sampling in writer.asked} == {1.0}
     assert [text.index for text in texts] == [*range(len(texts))]
@@ -151,3 +155,8 @@ def test_a_model_without_a_beginning_begins_after_a_text(tmp_path: Path) -> None
 def test_nothing_is_written_unless_asked(model: Path, tmp_path: Path) -> None:
     assert _open(model, tmp_path, 0).own_text_stage.run() == []
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("tokens", "together"), [(1, 1), (256, 1), (257, 2), (9000, 16)])
+def test_no_more_texts_are_written_together_than_are_needed(tokens: int, together: int) -> None:
+    assert count_texts_together(tokens) == together
