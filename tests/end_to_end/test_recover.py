@@ -14,10 +14,13 @@ from tests.support.codes import read_stored_weights
 from tests.support.commands import racdeploy
 from tests.support.tiny_models import make_checkpoint
 
+# Random weights end a sampled thought by chance, and a few of them make the thinking longer on
+# some processors, which undoes the recovery. Their likeliest tokens end none.
 RECIPE = """
 [traces]
 max_new_tokens = 24
 batch_size = 8
+temperature = 0.0
 [calibration]
 keep_truncated = true
 [prune]
