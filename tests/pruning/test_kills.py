@@ -48,7 +48,7 @@ def _contents(work: Path) -> dict[str, str]:
     return {f.relative_to(work).as_posix(): file_sha256(f) for f in files}
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.matrix)])
 def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path, kills: int) -> None:
     """However often and wherever it dies, the last run ends with what an undisturbed one leaves."""
     model = make_checkpoint(

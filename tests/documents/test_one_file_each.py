@@ -21,7 +21,7 @@ import pytest
 
 from racdeploy import plugins
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "tests" / "support" / "one_more").glob("*/*.py"))
 ONE_MORE = {file.parent.name: file for file in FILES}
 CONTRACT_DATA = {
