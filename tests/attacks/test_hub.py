@@ -22,6 +22,7 @@ from tests.support import hub_server as hub_module
 from tests.support.errors import raises
 from tests.support.fake_bundle import make_fake_bundle, read_files
 from tests.support.hub_server import Hub, Repository, hub_server, point_at
+from tests.support.waiting import PATIENCE_S
 
 NAME = "evil/model"
 OWN = "racdeploy/thinker-1B-rac-v1.0-Q8_0"
@@ -270,13 +271,13 @@ def test_a_hub_that_takes_for_ever_is_left(hub: Hub, monkeypatch: pytest.MonkeyP
 
 
 _LEAVING = """
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from racdeploy.bundles.hub import remote
 
 def download():
     with ThreadPoolExecutor(1) as pool:
-        list(pool.map(time.sleep, [60]))
+        pool.submit(threading.Event().wait).result()
 
 remote._MAX_WAIT_S = 0.2
 remote.HubRepository("org/name", "").call(download)
@@ -286,7 +287,11 @@ remote.HubRepository("org/name", "").call(download)
 def test_a_program_ends_while_the_client_still_waits() -> None:
     """It downloads in threads that Python would wait for: as long as the Hub sends a byte."""
     done = subprocess.run(
-        [sys.executable, "-c", _LEAVING], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", _LEAVING],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 1
     assert "took more than 0 s" in done.stderr

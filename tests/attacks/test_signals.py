@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import environment
+from tests.support.waiting import PATIENCE_S, wait_for
 
 pytestmark = [
     pytest.mark.answers("L4"),
@@ -20,11 +20,11 @@ pytestmark = [
 ]
 # An export that writes its tensors until it is ended.
 STALLED = """
-import os, pathlib, time
+import os, pathlib, threading
 from racdeploy.exporting.gguf import writer
 def write_parts(*arguments):
     pathlib.Path(os.environ["STARTED"]).touch()
-    time.sleep(60)
+    threading.Event().wait()
 writer._write_parts = write_parts
 import racdeploy.cli; racdeploy.cli.main()
 """
@@ -49,9 +49,7 @@ def _start(variables: dict[str, str], *options: str) -> subprocess.Popen[str]:
         env=variables,
         text=True,
     )
-    while not Path(variables["STARTED"]).exists():
-        assert process.poll() is None, process.stderr
-        time.sleep(0.02)
+    wait_for(Path(variables["STARTED"]).exists, "the export to write", process)
     return process
 
 
@@ -62,7 +60,7 @@ def test_a_signal_ends_a_command_with_a_word_and_a_clean_folder(
     """Exit code 130, the command that resumes, and no traceback."""
     with _start(exporting) as process:
         process.send_signal(signal.Signals[name])
-        out, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (130, "")
     again = " ".join(["racdeploy", *_command(exporting)])
     assert f"finished work is kept. Resume with:\n  {again}" in said
@@ -76,7 +74,7 @@ def test_with_json_an_interruption_is_one_object(exporting: dict[str, str], name
     """As every other end of a command."""
     with _start(exporting, "--json") as process:
         process.send_signal(signal.Signals[name])
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     found = json.loads(out)
     assert (process.returncode, found["exit_code"], found["kind"]) == (130, 130, "Interrupted")
     assert found["code"] == "run-interrupted"
@@ -92,10 +90,10 @@ def test_an_ignored_signal_stays_ignored(exporting: dict[str, str]) -> None:
         signal.signal(signal.SIGHUP, before)
     with process:
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.terminate()
-        process.communicate(timeout=60)
+        process.terminate()  # of two signals that wait, the first has the smaller number
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert "SIGTERM" in said
 
 
 @pytest.mark.takes(6, "three commands are started")
@@ -108,7 +106,7 @@ def test_what_a_killed_export_left_is_swept_by_the_next(exporting: dict[str, str
         with _start(exporting) as second:
             assert len(list(folder.iterdir())) == 2
             second.terminate()
-            second.communicate(timeout=60)
+            second.communicate(timeout=PATIENCE_S)
         assert [left] == list(folder.iterdir())
         killed.kill()
 
@@ -116,5 +114,5 @@ def test_what_a_killed_export_left_is_swept_by_the_next(exporting: dict[str, str
     with _start(exporting) as third:
         assert left not in folder.iterdir()
         third.terminate()
-        third.communicate(timeout=60)
+        third.communicate(timeout=PATIENCE_S)
     assert list(folder.iterdir()) == []

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from racdeploy.files.writing import file_sha256
 from tests.support.commands import command_with_torch, environment, racdeploy
+from tests.support.hold import held_at_file
 from tests.support.matrix import some
 from tests.support.tiny_models import make_checkpoint
+from tests.support.waiting import wait_for_stop
 
 RECIPE = """
 [traces]
@@ -74,14 +75,11 @@ def test_a_killed_run_continues_to_the_same_bytes(
         command_with_torch(*_arguments(folder, tmp_path)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment(),
+        env=environment(**held_at_file(pattern)),
     )
-    deadline = time.monotonic() + 120
-    while not list(work.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for_stop(process.pid)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL
     (seen,) = work.glob(pattern)
     changed_at = seen.stat().st_mtime_ns
     done = racdeploy(*_arguments(folder, tmp_path))

@@ -8,7 +8,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from racdeploy.manifest import Manifest
-from tests.support.commands import Outcome, command, environment, racdeploy
+from tests.support.commands import Outcome, environment, racdeploy
 from tests.support.fake_bundle import read_files
+from tests.support.hold import held_at_answers, held_command
 from tests.support.tiny_models import edit_json
+from tests.support.waiting import wait_for_stop
 
 GATE = """\
 [tiers.smoke]
@@ -88,21 +89,17 @@ def test_a_signed_bundle_is_as_signed_after_it_was_verified_and_run(
 
 def test_a_killed_run_loses_only_the_prompts_in_flight(built: Path, tmp_path: Path) -> None:
     """Killed after some answers: the next run reads them back and says so."""
-    arguments = command("verify", built, "--work", tmp_path, "--json", "--threads", 1)
+    kept = 20
     process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+        held_command("verify", built, "--work", tmp_path, "--json", "--threads", 1),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(**held_at_answers(kept)),
     )
-    deadline = time.monotonic() + 120
-    kept = 0
-    while kept < 20 and process.poll() is None and time.monotonic() < deadline:
-        kept = sum(
-            len(file.read_bytes().splitlines())
-            for file in tmp_path.glob("answers-*/completions.jsonl")
-        )
-        time.sleep(0.001)
+    wait_for_stop(process.pid)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL
+
     again = _verify(built, tmp_path, "--threads", 1)
     assert again.code == 0, again.err
     (note,) = [note for note in _report(again)["notes"] if "earlier run" in note]

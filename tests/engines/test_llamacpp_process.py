@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -24,6 +23,7 @@ from racdeploy.errors import EngineError
 from tests.support.errors import raises
 from tests.support.tiny_artifacts import make_gguf
 from tests.support.tiny_models import SPECIAL_TOKENS
+from tests.support.waiting import PATIENCE_S, is_running, wait_for_end
 
 SETTINGS = EngineSettings(context_tokens=256, parallel=1, threads=1)
 LONG = Sampling(max_new_tokens=250, stop_ids=())
@@ -35,30 +35,14 @@ from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.engines.backends.llamacpp import open_engine
 with open_engine(Path(sys.argv[1]), EngineSettings(256, 1, 1)) as engine:
     print(engine.pid, flush=True)
-    engine.generate([[9, 8]] * 100000, Sampling(250, ()))
+    tell = lambda *_: print("asking", flush=True)
+    engine.generate([[9, 8]] * 100000, Sampling(250, ()), on_tokens=tell)
 """
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_gguf(tmp_path_factory.mktemp("llamacpp"))
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process runs; one that is dead and not yet collected does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
-def ends(pid: int) -> bool:
-    """Return whether a process ends within ten seconds."""
-    deadline = time.monotonic() + 10
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(pid)
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGABRT", "SIGSEGV"])
@@ -89,20 +73,20 @@ def test_the_child_ends_with_its_parent(model: Path, name: str) -> None:
     with parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        time.sleep(0.3)
-        assert alive(child)
+        assert parent.stdout.readline() == "asking\n"
+        assert is_running(child)
         parent.send_signal(signal.Signals[name])
-        parent.communicate(timeout=30)
-    assert ends(child)
+        parent.communicate(timeout=PATIENCE_S)
+    wait_for_end(child)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_an_engine_that_is_dropped_leaves_no_child(model: Path) -> None:
     engine = open_engine(model, SETTINGS)
     pid = engine.pid
-    assert alive(pid)
+    assert is_running(pid)
     del engine
-    assert ends(pid)
+    wait_for_end(pid)
 
 
 def test_the_worker_ends_when_its_input_ends() -> None:
@@ -112,7 +96,7 @@ def test_the_worker_ends_when_its_input_ends() -> None:
         "racdeploy.engines.worker",
         "racdeploy.engines.backends.llamacpp.native",
     ]
-    ended = subprocess.run(worker, input=b"", capture_output=True, timeout=30, check=False)
+    ended = subprocess.run(worker, input=b"", capture_output=True, timeout=PATIENCE_S, check=False)
     assert (ended.returncode, ended.stdout) == (0, b"")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,31 @@ def test_a_stage_of_another_release_is_named_when_it_is_computed_again(tmp_path:
     assert new.notice == f"{old.folder} is of racdeploy 1: {new.folder.name} is computed again"
 
 
+@contextmanager
+def told_when_waiting(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Write a line to a process as soon as this one says that it waits."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+
+    logger, handler = logging.getLogger("racdeploy"), Handler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def start_python(code: str, *arguments: object) -> subprocess.Popen[bytes]:
+    """Start a program that this process writes to, and reads from."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment())
+
+
 def test_a_second_process_waits_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,11 +127,10 @@ def test_a_second_process_waits_with_a_word(
     caplog.set_level("INFO", "racdeploy")
     monkeypatch.setattr(locks, "_locks", {})
     holding = (
-        "import sys, time\nimport racdeploy.files.locks as locks\n"
-        "locks.lock_folder(locks.Path(sys.argv[1])); print(flush=True); time.sleep(1)"
+        "import sys\nimport racdeploy.files.locks as locks\n"
+        "locks.lock_folder(locks.Path(sys.argv[1])); print(flush=True); sys.stdin.readline()"
     )
-    command = [sys.executable, "-c", holding, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+    with start_python(holding, tmp_path) as process, told_when_waiting(process):
         assert process.stdout
         assert process.stdout.readline()
         locks.lock_folder(tmp_path)
@@ -132,20 +158,25 @@ def test_a_process_holds_a_folder_by_any_of_its_names(
 
 
 def test_a_stage_is_made_again_where_the_one_before_removes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a verification does at its end, while the same one waits for it."""
+    caplog.set_level("INFO", "racdeploy")
     monkeypatch.setattr(locks, "_locks", {})
     removing = (
-        "import json, sys, time, racdeploy.files.stages as s\n"
+        "import json, sys, racdeploy.files.stages as s\n"
         "stage = s.Stage.open(s.Path(sys.argv[1]), 'verify', json.loads(sys.argv[2]))\n"
-        "print(flush=True); time.sleep(1); stage.remove(); time.sleep(0.5)"
+        "print(flush=True); sys.stdin.readline(); stage.remove(); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", removing, str(tmp_path), json.dumps(INPUTS)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+    with (
+        start_python(removing, tmp_path, json.dumps(INPUTS)) as process,
+        told_when_waiting(process),
+    ):
+        assert process.stdin
         assert process.stdout
         assert process.stdout.readline()
         stage = Stage.open(tmp_path, "verify", INPUTS)
+        process.stdin.close()
         assert process.wait() == 0
     assert locks.is_folder_in_use(stage.folder) is False, "it is this process's"
     assert sorted(file.name for file in stage.folder.iterdir()) == [".lock", "inputs.json"]

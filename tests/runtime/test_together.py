@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from racdeploy.errors import EngineError
 from racdeploy.runtime import Model, load
 from tests.support.errors import raises
 from tests.support.tiny_artifacts import make_bundle, make_onnx_bundle
+from tests.support.waiting import PATIENCE_S
 
 QUESTIONS = [f"What is {i} + {i}?" for i in range(50)]
 FAST = 500  # a tiny model has said as many before anybody can stop it on a busy machine
@@ -226,9 +226,9 @@ def test_closing_ends_what_runs_with_an_error(bundle: Path, long: int) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, question) for question in QUESTIONS[:8]]
-        time.sleep(0.2)
+        next(model.stream("Go on.", max_new_tokens=long))  # so that the engine works
         model.close()
-        ends = [future.result(timeout=20) for future in asked]
+        ends = [future.result(timeout=PATIENCE_S) for future in asked]
 
     assert {*ends, asyncio.run(ask_in_task())} == {"engine-closed"}
     model.close()
@@ -244,10 +244,10 @@ def test_the_death_of_the_engine_is_told_to_everyone(bundle: Path, long: int) ->
 
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, question) for question in QUESTIONS[:4]]
-        time.sleep(0.2)
+        next(model.stream("Go on.", max_new_tokens=long))  # so that the engine works
         os.kill(model.engine.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         for future in asked:
-            future.result(timeout=20)
+            future.result(timeout=PATIENCE_S)
 
     assert not model.engine.is_alive()
     model.close()

@@ -24,6 +24,7 @@ from racdeploy.verification.answer_cache import AnswerCache
 from racdeploy.verification.compare import ModelComparison
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.gate import read_gate
+from tests.support import hold
 
 PROMPTS = 6
 _WORDS = "so we add both and check the sum once more then write it down as the result "
@@ -105,5 +106,6 @@ def _write_script(
 
 
 if __name__ == "__main__":
+    hold.install()
     plugins.list_names.cache_clear()
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -28,6 +28,8 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tests.support import hold
+
 _RUNNER = [sys.executable, "-P", "-m", "racdeploy.processes.die_with_parent"]
 _WITH_ARGUMENT = {"racdeploy.engines.worker": 1, "racdeploy.sandbox.worker": 1}
 """Modules whose next argument is a module that they import."""
@@ -282,6 +284,7 @@ def _become_child(request: Mapping[str, Any], files: list[int]) -> None:
     os.environ.update(request["env"])
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [path for path in given if path not in sys.path]
+    hold.install()
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from tests.support.commands import environment
+from tests.support.hold import held_at_answers
 from tests.support.long_thoughts import PROMPTS
+from tests.support.waiting import wait_for_stop
 
 TOKENS = 16_000
 
@@ -33,15 +34,13 @@ def test_long_thoughts_are_compared_and_resumed(tmp_path: Path) -> None:
     memory grow by less than what the tokens themselves take.
     """
     process = subprocess.Popen(
-        _command(tmp_path / "long", TOKENS), env=environment(), stdout=subprocess.DEVNULL
+        _command(tmp_path / "long", TOKENS),
+        env=environment(**held_at_answers(2)),
+        stdout=subprocess.DEVNULL,
     )
-    kept = 0
-    while kept < 2 and process.poll() is None:
-        logs = (tmp_path / "long").glob("answers-*/completions.jsonl")
-        kept = sum(log.read_bytes().count(b"\n") for log in logs)
-        time.sleep(0.001)
+    wait_for_stop(process.pid)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL
 
     found = _compare(tmp_path / "long", TOKENS)
     assert found["generated"] <= 2 * PROMPTS - 2
