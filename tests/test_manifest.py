@@ -61,15 +61,17 @@ def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: P
     """
     file = tmp_path / "m[1].gguf"
     code = (
-        "import sys, time; from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
         "from racdeploy.files.writing import atomic_file\n"
-        "with atomic_file(Path(sys.argv[1])) as stream: print('ready', flush=True), time.sleep(60)"
+        "with atomic_file(Path(sys.argv[1])):\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", code, str(file)]
 
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE) as killed,
-        subprocess.Popen(command, stdout=subprocess.PIPE) as running,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running,
     ):
         for process in (killed, running):
             assert process.stdout is not None

@@ -12,15 +12,18 @@ from tests.support import shared
 
 ROOT = Path(__file__).parents[1]
 RUN = """
-import time
+import os
+from pathlib import Path
 
 import pytest
 
 from tests.support.shared import build_once
+from tests.support.waiting import wait_for
+
+WORKERS = Path({workers!r})
 
 
 def build(folder):
-    time.sleep(0.5)
     with open({log!r}, "a") as log:
         log.write("built\\n")
     (folder / "file").touch()
@@ -28,6 +31,8 @@ def build(folder):
 
 @pytest.mark.parametrize("case", range(4))
 def test_it_is_there(case):
+    (WORKERS / os.environ["PYTEST_XDIST_WORKER"]).touch()
+    wait_for(lambda: len(list(WORKERS.iterdir())) == 2, "both workers")
     assert (build_once("model", build) / "file").is_file()
 """
 
@@ -42,7 +47,9 @@ def test_workers_share_what_one_has_built(tmp_path: Path, monkeypatch: pytest.Mo
     """Two workers that ask at the same time."""
     monkeypatch.delenv(shared.VARIABLE)
     log = tmp_path / "log"
-    (tmp_path / "test_run.py").write_text(RUN.format(log=str(log)))
+    (workers := tmp_path / "workers").mkdir()
+    run = RUN.format(log=str(log), workers=str(workers))
+    (tmp_path / "test_run.py").write_text(run)
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {ROOT}\n")
 
     command = [
@@ -55,7 +62,7 @@ def test_workers_share_what_one_has_built(tmp_path: Path, monkeypatch: pytest.Mo
         "-n",
         "2",
         "--dist",
-        "loadfile",
+        "load",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import onnx
@@ -19,6 +18,7 @@ from racdeploy.errors import EngineError
 from racdeploy.sandbox.client import Sandbox, SandboxRequest
 from tests.support.errors import raises
 from tests.support.tiny_onnx import tiny_onnx
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.answers("L7"), pytest.mark.usefixtures("exported")]
 
@@ -141,8 +141,7 @@ def test_no_child_knows_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def check_environment(process: int) -> None:
     place = Path(f"/proc/{process}/environ")
-    while not (content := place.read_bytes()):  # it is just being started
-        time.sleep(0.01)
+    content = wait_for(place.read_bytes, f"process {process} to be started")
     lines = content.split(b"\0")
     names = {line.partition(b"=")[0].decode() for line in lines}
     assert not names & SECRETS.keys()

@@ -21,11 +21,11 @@ from racdeploy.errors import EngineError
 from tests.support.completion_server import Reply, models, serving
 from tests.support.errors import raises
 from tests.support.peak_memory import bounded
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.answers("M11")
 
 TIMEOUT_S = 0.5
-HANG_S = 30.0
 SETTINGS = EngineSettings(context_tokens=256, parallel=4)
 SAMPLING = Sampling(max_new_tokens=8, stop_ids=(2,))
 Say = Callable[[socket.socket], object]
@@ -74,17 +74,15 @@ def _saying(say: Say) -> Iterator[str]:
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(5)
+        thread.join(PATIENCE_S)
 
 
 @pytest.mark.parametrize("name", LASTING)
 def test_the_whole_answer_has_a_time_limit(name: str) -> None:
     """Each byte comes in time; the last one never does."""
-    with _saying(LASTING[name]) as url:
-        began = time.monotonic()
-        with pytest.raises(EngineError, match=r"did not answer within 0.5 s|cannot be reached"):
-            Client(url, "", TIMEOUT_S).ask("models")
-        assert time.monotonic() - began < TIMEOUT_S + HANG_S
+    expected = r"did not answer within 0.5 s|cannot be reached"
+    with _saying(LASTING[name]) as url, pytest.raises(EngineError, match=expected):
+        Client(url, "", TIMEOUT_S).ask("models")
 
 
 def test_an_answer_has_a_bound_by_what_was_asked() -> None:

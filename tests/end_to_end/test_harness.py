@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,6 +23,7 @@ from racdeploy.results.answers import HarnessRow
 from tests.support.commands import command, environment, racdeploy
 from tests.support.own_server import children
 from tests.support.stand_in_harness import install
+from tests.support.waiting import PATIENCE_S, wait_for, wait_for_end
 
 DOCUMENTS = 6
 REAL = os.environ.get("RACDEPLOY_HARNESS_PYTHON", "")
@@ -205,23 +205,19 @@ def test_a_signal_leaves_no_child(
         env=environment(),
     )
     with process:
-        while not (include / "hang").read_text():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
+        wait_for((include / "hang").read_text, "the harness to hang", process)
 
         pids = _descendants(process.pid)
         process.send_signal(number)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=PATIENCE_S)[1]
 
     if number != signal.SIGKILL:
         assert "--harness lm-eval" in said
         assert process.returncode == 130
     assert len(pids) >= 3  # the harness, the engine of its server, and what reads texts
     assert int((include / "hang").read_text()) in pids
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline, pids
-        time.sleep(0.1)
+    for pid in pids:
+        wait_for_end(pid)
 
 
 def _descendants(pid: int) -> list[int]:

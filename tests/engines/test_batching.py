@@ -14,6 +14,7 @@ from racdeploy.engines.batching import Batcher, BatchToken, SequenceGroup, Token
 from racdeploy.engines.engine import Sampling
 from racdeploy.engines.sequence import GeneratedSequence
 from racdeploy.errors import EngineError
+from tests.support.waiting import PATIENCE_S
 
 SHORT = Sampling(max_new_tokens=6, stop_ids=(50,))
 ENDLESS = Sampling(max_new_tokens=1_000_000, stop_ids=())
@@ -87,7 +88,7 @@ class Asked:
         return asked
 
     def ids(self) -> list[list[int]]:
-        assert self.ended.wait(10)
+        assert self.ended.wait(PATIENCE_S)
         ids = [sequence.ids for sequence in self.job.sequences]
         assert list(self.told.values()) == ids
         assert self.ends == 1
@@ -173,7 +174,7 @@ def test_a_decoder_that_fails_ends_what_it_ran() -> None:
     batcher = Batcher([Broken(), Broken()])
     broken = Asked.of([[90], [91], [92], [93]], ENDLESS)
     batcher.start(broken.job)
-    assert broken.ended.wait(10)
+    assert broken.ended.wait(PATIENCE_S)
     assert broken.job.error is not None
     assert broken.job.error.code == "decode-failed"
 
@@ -196,7 +197,7 @@ def test_logits_that_are_no_numbers_end_their_request_only() -> None:
     batcher.start(bad.job)
     batcher.start(well.job)
     assert well.ids() == [list(range(21, 27))]
-    assert bad.ended.wait(10)
+    assert bad.ended.wait(PATIENCE_S)
     assert bad.job.error is not None
     assert bad.job.error.code == "logits-not-finite"
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from racdeploy.recipe import Recipe
 from tests.support.commands import command_with_torch, environment, find_error_code
 from tests.support.job_recipes import TRACES
 from tests.support.tiny_models import make_checkpoint
+from tests.support.waiting import wait_for
 
 RECIPE_OF_TRACES = {"traces": {"count": 24, "batch_size": 5, "max_new_tokens": 12}}
 UNDER_TORCH = {"traces": RECIPE_OF_TRACES["traces"] | {"engine": "transformers"}}
@@ -165,11 +165,8 @@ def test_a_lost_process_ends_the_job_and_one_process_goes_on(tmp_path: Path) -> 
     """
     _model(tmp_path, PLAIN, blocks=6)
     processes = _start(tmp_path, "lost", 2)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "lost").glob("prune-*/block-00001.json")):
-        assert time.monotonic() < deadline
-        assert processes[0].poll() is None, processes[0].communicate()
-        time.sleep(0.002)
+    written = (tmp_path / "lost").glob
+    wait_for(lambda: [*written("prune-*/block-00001.json")], "the second block", processes[0])
     processes[1].send_signal(signal.SIGKILL)
     (code, _, errors), _ = _finish(processes)
     assert code == 4
@@ -208,11 +205,7 @@ def test_torchrun_tells_of_a_killed_process_in_one_message_and_goes_on(tmp_path:
     with subprocess.Popen(
         run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     ) as job:
-        deadline = time.monotonic() + 300
-        while not list(work.glob("prune-*/block-00001.json")):
-            assert time.monotonic() < deadline
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.002)
+        wait_for(lambda: [*work.glob("prune-*/block-00001.json")], "the second block", job)
         os.kill(_process_of_rank(job.pid, 1), signal.SIGKILL)
         _, errors = job.communicate(timeout=300)
     assert job.returncode == 1

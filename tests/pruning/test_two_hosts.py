@@ -21,6 +21,7 @@ from racdeploy.files.writing import file_sha256
 from tests.support.commands import environment, find_error_code
 from tests.support.job_recipes import RECOVERY
 from tests.support.tiny_models import make_checkpoint
+from tests.support.waiting import wait_for
 
 RECIPE = f"{RECOVERY}[prune]\nsparsity = 0.7\n"
 HOSTS = "127.0.0.1 localhost\n127.0.1.1 {name}\n"
@@ -186,11 +187,7 @@ def test_a_cut_cable_ends_both_hosts_and_one_resumes(
     """Each names the other one; the line that the first prints leaves the bytes of one process."""
     work = tmp_path / "cut"
     started = hosts.start(_arguments(folder, str(work)))
-    deadline = time.monotonic() + 300
-    while not list(work.glob(cut)):
-        assert time.monotonic() < deadline
-        assert started[0].poll() is None, started[0].communicate()
-        time.sleep(0.002)
+    wait_for(lambda: [*work.glob(cut)], cut, started[0])
     hosts.cut()
 
     (first, errors), (second, other_errors) = _finish(started, FOUND_S)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from racdeploy.report import html
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from tests.support.browser import CHROMIUM, DRIVER, Browser, browser
+from tests.support.waiting import wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -158,8 +158,7 @@ def test_the_keyboard_reaches_search_prompts_and_thoughts(window: Browser, page:
     window.press("/")
     assert window.evaluate("return document.activeElement.id") == "browse-search"
     window.press(*"has 63 apples")
-    time.sleep(0.5)
-    assert window.evaluate(STATE) == "1–1 of 1 prompts"
+    wait_for(lambda: window.evaluate(STATE) == "1–1 of 1 prompts", "the prompt that was searched")
 
     window.evaluate("document.activeElement.blur()")
     window.press("j", ENTER)
@@ -286,8 +285,7 @@ def test_five_thousand_prompts_are_searched(
     window.open(file)
     assert window.evaluate("return document.querySelectorAll('.found').length") == 20
     window.press("/", *"#4999")
-    time.sleep(0.5)
-    assert window.evaluate(STATE) == "No prompt matches."
+    wait_for(lambda: window.evaluate(STATE) == "No prompt matches.", "a search without a result")
     window.evaluate(
         "const own = document.getElementById('browse-show'); own.value = 'all';"
         "own.dispatchEvent(new Event('change'))"

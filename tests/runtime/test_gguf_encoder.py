@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from racdeploy.runtime.gguf_encoder import GgufTokenizer
 from tests.support.errors import raises
 from tests.support.spoiled_gguf import set_pre_tokenizer
 from tests.support.tiny_artifacts import make_gguf
+from tests.support.waiting import wait_for
 
 # Each of these pre-tokenizers calls itself for every character of such a text.
 LONG_TEXTS = {
@@ -40,8 +40,7 @@ def tokenizer(gguf: Path) -> Iterator[GgufTokenizer]:
 def kill(tokenizer: GgufTokenizer) -> None:
     """Kill the tokenizer's process, and wait until that is noticed."""
     os.kill(tokenizer.engine.pid, signal.SIGKILL)
-    while tokenizer.is_alive():
-        time.sleep(0.01)
+    wait_for(lambda: not tokenizer.is_alive(), "the tokenizer to notice")
 
 
 @pytest.mark.parametrize("name", LONG_TEXTS)

@@ -10,13 +10,14 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.support.waiting import PATIENCE_S, wait_for
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -91,7 +92,7 @@ def browser() -> Iterator[Browser]:
     )
     root = f"http://127.0.0.1:{port}"
     try:
-        _wait(f"{root}/status")
+        wait_for(lambda: _is_up(f"{root}/status"), "the browser's driver", driver)
         options = {
             "goog:chromeOptions": {"binary": CHROMIUM, "args": _ARGUMENTS},
             "goog:loggingPrefs": _LOGS,
@@ -104,16 +105,12 @@ def browser() -> Iterator[Browser]:
         driver.wait()
 
 
-def _wait(url: str) -> None:
-    end = time.monotonic() + 30
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
+def _is_up(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=PATIENCE_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _ask(url: str, body: dict[str, Any]) -> Any:

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from racdeploy.exporting import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.sources import resolve_model
 from tests.support.commands import environment
+from tests.support.waiting import PATIENCE_S, wait_for
 
 
 def free_port() -> int:
@@ -37,11 +37,7 @@ def running(*command: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         env=environment(PYTHONWARNINGS="ignore"),
     )
     try:
-        deadline = time.monotonic() + 60
-        while not _is_up(port):
-            assert process.poll() is None, f"{command} ended with code {process.returncode}"
-            assert time.monotonic() < deadline, "the server did not start within 60 s"
-            time.sleep(0.1)
+        wait_for(lambda: _is_up(port), f"{command} to answer", process)
         yield f"http://127.0.0.1:{port}/v1", process
     finally:
         process.kill()
@@ -56,7 +52,9 @@ def llama_cpp_server(model: Path) -> tuple[object, ...]:
 
 def _is_up(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/v1/models", timeout=PATIENCE_S
+        ) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False

@@ -16,7 +16,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +31,7 @@ from tests.support.pasting import Call, Program, Reply
 from tests.support.real_server import free_port, llama_cpp_server
 from tests.support.stand_in_harness import VERSIONS
 from tests.support.stand_in_harness import install as install_harness
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -197,11 +197,7 @@ class StandIns:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 60
-        while not _answers(self.ports[port]):
-            assert server.poll() is None, f"{ours} ended with code {server.returncode}"
-            assert time.monotonic() < deadline, f"{ours} did not start within 60 s"
-            time.sleep(0.05)
+        wait_for(lambda: _answers(self.ports[port]), f"{ours} to answer", server)
         return Reply()
 
 

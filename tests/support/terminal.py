@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Self
 
 from tests.support.commands import environment
+from tests.support.waiting import PATIENCE_S, read_state, wait_for
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 _LINES = 24
-_PATIENCE_S = 60.0  # a machine under load
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
@@ -74,10 +74,17 @@ class Terminal:
         Before the program waits for keys, one is seen with the next key and the other is lost.
         """
         self.wait_for(prompt)
-        time.sleep(0.5)
+        wait_for(self._waits_for_keys, f"the program to wait for keys at {prompt!r}", self._process)
         self.type(key)
 
-    def wait_for(self, text: str, patience_s: float = _PATIENCE_S) -> str:
+    def _waits_for_keys(self) -> bool:
+        """Return whether the program sleeps, and takes each key as it comes."""
+        import termios
+
+        takes_lines = termios.tcgetattr(self._fd)[3] & termios.ICANON
+        return not takes_lines and read_state(self._process.pid) == "S"
+
+    def wait_for(self, text: str, patience_s: float = PATIENCE_S) -> str:
         """Return what is shown up to a text, and forget it; fail if it does not come."""
         self._wait_until(lambda: text in self._plain(), repr(text), patience_s)
         before, _, self.shown = self._plain().partition(text)
@@ -88,7 +95,7 @@ class Terminal:
         self._wait_until(lambda: len(self._plain()) >= count, f"{count} characters")
         self.shown = ""
 
-    def wait(self, patience_s: float = _PATIENCE_S) -> int:
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
         """Wait for the end of the program; return its exit code."""
         deadline = time.monotonic() + patience_s
         while self._read():
@@ -96,7 +103,7 @@ class Terminal:
         return self._process.wait(patience_s)
 
     def _wait_until(
-        self, has_come: Callable[[], bool], what: str, patience_s: float = _PATIENCE_S
+        self, has_come: Callable[[], bool], what: str, patience_s: float = PATIENCE_S
     ) -> None:
         deadline = time.monotonic() + patience_s
         while not has_come():

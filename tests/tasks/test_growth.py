@@ -90,7 +90,7 @@ def measure_seconds(read: Callable[[int], object], repeats: int) -> float:
 def check_growth(read: Callable[[int], object], what: str) -> None:
     """Eight times the text may take at most thirty times as long, or a twentieth of a second."""
     small_s = large_s = float("inf")
-    for _ in range(4):  # a machine may be busy: during the long text, or the short one
+    for _ in range(12):  # a machine may be busy: during the long text, or the short one
         small_s = min(small_s, *(measure_seconds(read, SMALL) for _ in range(3)))
         large_s = min(large_s, measure_seconds(read, LARGE))
         if large_s < 30 * small_s + 0.05:
