@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from racdeploy.manifest import Manifest
+from tests.support.certain_models import make_certain_checkpoint
 from tests.support.commands import Outcome, racdeploy
-from tests.support.tiny_models import make_checkpoint
 
 BUNDLE_FILES = {
     "racdeploy.json",
@@ -72,8 +72,8 @@ def _build(model: Path, folder: Path, *more: object) -> Outcome:
 def test_a_model_nobody_here_trained_goes_through(
     family: str, transformers5: bool, tmp_path: Path
 ) -> None:
-    """Any folder with a template and a jsonl task becomes a bundle; random weights give exit 3."""
-    model = make_checkpoint(
+    """Any folder with a template and a jsonl task becomes a bundle; no answer is right: exit 3."""
+    model = make_certain_checkpoint(
         tmp_path / "model", family, transformers5=transformers5, tied=transformers5
     )
     outcome = _build(model, tmp_path, "--json")
@@ -89,7 +89,7 @@ def test_a_model_nobody_here_trained_goes_through(
 
 def test_dense_models_of_the_same_size_answer_too(tmp_path: Path) -> None:
     """Their quants fit the rows, their files are no larger; they are shown and decide nothing."""
-    model = make_checkpoint(tmp_path / "model", "qwen3")
+    model = make_certain_checkpoint(tmp_path / "model", "qwen3")
     outcome = _build(model, tmp_path, "--compare-same-size", "--json")
     assert outcome.code == 3, outcome.err
     report = json.loads(outcome.out)

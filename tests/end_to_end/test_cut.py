@@ -10,6 +10,7 @@ import pytest
 
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.models.checkpoint import Checkpoint
+from tests.support.certain_models import make_certain_checkpoint
 from tests.support.commands import racdeploy
 from tests.support.tiny_models import FAMILIES, GPT_OSS, NEMOTRON_EXPERTS, make_checkpoint
 
@@ -47,12 +48,12 @@ def _plan(model: Path, folder: Path, *keep: str) -> dict[str, Any]:
 
 def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     """The plan says what is left; names, manifest, report and files agree with it."""
-    model = make_checkpoint(tmp_path / "model", "llama", **SIZES | WIDE)
+    model = make_certain_checkpoint(tmp_path / "model", "llama", **SIZES | WIDE)
     keep = ["--keep", "ffn=0.5", "--keep", "heads=0.5", "--keep", "blocks=0.75"]
     plan = _plan(model, tmp_path, *keep[1::2])
     out = tmp_path / "bundle"
     built = racdeploy("build", model, *_options(tmp_path), *keep, "--out", out, "--json")
-    assert built.code == 3, built.err  # random weights answer nothing
+    assert built.code == 3, built.err  # it answers nothing right
     report = json.loads(built.out)
     verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
     assert {verdicts[name] for name in ("integrity", "logits", "sparsity", "tokens")} == {"pass"}
@@ -129,12 +130,12 @@ def test_experts_are_cut_pruned_and_built(
     family: str, quant: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
     """The plan says what is left; the report says on how many tokens each expert was pruned."""
-    model = make_checkpoint(tmp_path / "model", family, **config)
+    model = make_certain_checkpoint(tmp_path / "model", family, **config)
     asked = ["--keep", "experts=0.75", "--sparsity", 0.5, "--quant", quant]
     plan = _plan(model, tmp_path, "experts=0.75")
     out = tmp_path / "bundle"
     built = racdeploy("build", model, *_options(tmp_path), *asked, "--out", out, "--json")
-    assert built.code == 3, built.err  # random weights answer nothing
+    assert built.code == 3, built.err  # it answers nothing right
     report = json.loads(built.out)
     verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
     assert {verdicts[name] for name in ("integrity", "logits", "sparsity", "tokens")} == {"pass"}

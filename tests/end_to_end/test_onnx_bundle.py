@@ -9,15 +9,15 @@ import pytest
 
 import racdeploy
 from racdeploy.manifest import Manifest
+from tests.support.certain_models import make_certain_checkpoint
 from tests.support.commands import racdeploy as command
-from tests.support.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build one bundle of a random model, ONNX first and GGUF beside it."""
+    """Build one bundle of a model that is certain, ONNX first and GGUF beside it."""
     root = tmp_path_factory.mktemp("onnx")
-    model = make_checkpoint(root / "model", "qwen3")
+    model = make_certain_checkpoint(root / "model", "qwen3")
     rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(40)]
     (root / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     text = (
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--json",
         ),
     )
-    assert outcome.code == 3, outcome.err  # a random model answers nothing
+    assert outcome.code == 3, outcome.err  # it answers nothing right
     (root / "report.json").write_text(outcome.out, encoding="utf-8")
     return root
 

@@ -12,15 +12,16 @@ import pytest
 
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import Manifest
+from tests.support.certain_models import make_certain_checkpoint
 from tests.support.commands import Outcome, racdeploy
-from tests.support.tiny_models import edit_json, make_checkpoint
+from tests.support.tiny_models import edit_json
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build one packed bundle of a random model, with a cache of its own."""
+    """Build one packed bundle of a model that is certain, with a cache of its own."""
     root = tmp_path_factory.mktemp("packed")
-    model = make_checkpoint(root / "model", "qwen3")
+    model = make_certain_checkpoint(root / "model", "qwen3")
     rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(40)]
     (root / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     text = "[traces]\nmax_new_tokens = 24\nbatch_size = 8\n[calibration]\nkeep_truncated = true\n"
@@ -48,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--json",
         ),
     )
-    assert outcome.code == 3, outcome.err  # a random model answers nothing
+    assert outcome.code == 3, outcome.err  # it answers nothing right
     (root / "report.json").write_text(outcome.out, encoding="utf-8")
     return root
 

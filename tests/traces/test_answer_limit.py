@@ -152,7 +152,13 @@ def test_a_stage_finds_the_limit_and_answers_as_with_that_limit(
         monkeypatch.setattr(module, "FIRST_LIMIT", 16)
 
     def build(**traces: object) -> Build:
-        settings = {"count": 6, "batch_size": 4, "engine": "transformers", **traces}
+        settings = {
+            "count": 6,
+            "batch_size": 4,
+            "engine": "transformers",
+            "temperature": 0.0,
+            **traces,
+        }
         options = {"traces": settings, "verify": {"count": 2}, "tasks": ["gcd"]}
         return Build(Job(Recipe.combine(None, options)), tmp_path / "work", 1)
 
