@@ -1,7 +1,9 @@
 # make demo   set up .venv, then prune, export, verify and bundle the embedded model
 # make test   set up .venv, then run the tests; build/junit-test.xml keeps the time of each
 # make test-docs   documents, site, pictures, examples, wheels, users' type checkers and workflows
-# make test-matrix   every family and number format, where `make test` takes one case of each
+# make test-more   what guards one rare thing, and every family and number format where `make test` takes one of each
+# make test-more-changed   those of its files that the branch's changes reach by imports
+# make test-portable   a sample of the tests with torch's portable and with its AVX2 kernels
 # make test-kernels   compile and install ./kernels into .venv, then run its tests, emulated and slow ones too
 # make test-optimum   set up .venv-optimum, with transformers 4.57, then run what optimum and it may change
 # make test-optimum-slow   set up .venv-optimum, then export every family with optimum, and open such files with it
@@ -22,6 +24,10 @@ VENV_OPTIMUM  := .venv-optimum
 TESTS_OPTIMUM ?= $(addprefix tests/,contracts engines end_to_end exporting pruning recovery)
 
 TESTS_DOCS := documents examples packaging
+# Where a processor's own sums could decide: exported files, chosen codes, engines, a cut and a whole build.
+TESTS_PORTABLE := $(addprefix tests/,pipeline/test_gates.py pruning/test_rounding.py contracts/test_engines.py \
+    end_to_end/test_cut.py end_to_end/test_build.py)
+MORE := more and not slow and not emulated
 KERNELS ?= slow or not slow
 # Once collected, tests write no bytecode (tests/conftest.py): it is there before the thousands of processes that they
 # start.
@@ -29,7 +35,7 @@ COMPILE = $(BIN)/python -m compileall -q -f racdeploy tests benchmarks
 # A file stays with one worker, so that what its tests share is built once; the longest come first (tests/conftest.py).
 PYTEST = $(COMPILE) && $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations 40 --junitxml build/junit-$@.xml
 
-.PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz fuzz-changed lint docs check clean
+.PHONY: demo test test-docs test-more test-more-changed test-portable test-kernels test-slow test-optimum test-optimum-slow fuzz fuzz-changed lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -42,8 +48,17 @@ test: $(VENV)/.dev
 test-docs: $(VENV)/.dev
 	$(PYTEST) $(addprefix tests/,$(TESTS_DOCS))
 
-test-matrix: $(VENV)/.dev
-	$(PYTEST) -m matrix
+test-more: $(VENV)/.dev
+	$(PYTEST) -m '$(MORE)'
+
+# pytest ends with 5 where it runs no test: of the files that are reached, all may be slow.
+test-more-changed: $(VENV)/.dev
+	@files="$$($(BIN)/python -m tests.support.reached)"; \
+	if [ -n "$$files" ]; then $(PYTEST) -m '$(MORE)' $$files || [ $$? = 5 ]; else echo "no test of test-more is reached"; fi
+
+test-portable: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(TESTS_PORTABLE)
+	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(TESTS_PORTABLE)
 
 test-kernels: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps ./kernels

@@ -210,6 +210,7 @@ class _Walk:
         dense = self.blocks.load_block(index)
         for name, parameter in dense.named_parameters():
             set_parameter(sparse, name, parameter)
+        self.blocks.fill_buffers(sparse, index)
         return BlockPair(
             self.blocks.checkpoint,
             dense_index=index,

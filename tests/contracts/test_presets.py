@@ -37,11 +37,11 @@ ALIGNED = {
 
 
 def some_pairs(pairs: Iterable[tuple[str, str]]) -> list[Any]:
-    """Return every preset on one model and every model with one preset; others for the matrix."""
+    """Return every preset on one model and every model with one preset; the others are marked."""
     parameters: list[Any] = []
     for preset, model in pairs:
         is_kept = model == "deep" or preset == "q4_k_m"
-        marks = [] if is_kept else [pytest.mark.matrix]
+        marks = [] if is_kept else [pytest.mark.more]
         parameters.append(pytest.param(preset, model, marks=marks))
     return parameters
 

@@ -64,9 +64,9 @@ def _build(model: Path, folder: Path, *more: object) -> Outcome:
     [
         ("qwen3", True),
         ("llama", False),
-        pytest.param("qwen2", False, marks=pytest.mark.matrix),
-        pytest.param("qwen2", True, marks=pytest.mark.matrix),
-        pytest.param("llama", True, marks=pytest.mark.matrix),
+        pytest.param("qwen2", False, marks=pytest.mark.more),
+        pytest.param("qwen2", True, marks=pytest.mark.more),
+        pytest.param("llama", True, marks=pytest.mark.more),
     ],
 )
 def test_a_model_nobody_here_trained_goes_through(

@@ -18,7 +18,7 @@ from tests.support.commands import racdeploy
 from tests.support.completion_server import serving
 from tests.support.errors import raises
 from tests.support.hub_server import Repository, hub_server, point_at
-from tests.support.matrix import selected, some
+from tests.support.more import selected, some
 from tests.support.real_server import llama_cpp_server, running
 from tests.support.reasoner_files import SOURCE, reasoner_gguf, reasoner_onnx
 from tests.support.spoiled_gguf import rewrite, spoil
@@ -136,6 +136,7 @@ def test_a_reference_needs_neither_its_model_nor_its_task(files: Path, tmp_path:
     assert other.error_code == "reference-of-other-task"
 
 
+@pytest.mark.more
 def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     """An ONNX folder, a folder of transformers and a server answer as the GGUF file does."""
     onnx = reasoner_onnx()
@@ -156,6 +157,7 @@ def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     assert logits["server"].verdict == "skipped"
 
 
+@pytest.mark.more
 def test_a_server_is_the_reference(files: Path, tmp_path: Path) -> None:
     """llama-cpp-python's server, and the same with the shapes that Ollama documents.
 

@@ -16,6 +16,8 @@ from tests.support.commands import racdeploy
 from tests.support.reasoner_files import reasoner_gguf
 from tests.support.spoiled_gguf import spoil
 
+pytestmark = pytest.mark.more
+
 PROMPTS = 60
 LIMITS: dict[str, Any] = {
     "confidence": 0.6,

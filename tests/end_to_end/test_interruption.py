@@ -11,7 +11,7 @@ import pytest
 from racdeploy.files.writing import file_sha256
 from tests.support.commands import command_with_torch, environment, racdeploy
 from tests.support.hold import held_at_file
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import make_checkpoint
 from tests.support.waiting import wait_for_stop
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from racdeploy.manifest import Manifest
 from racdeploy.report.files import read_records
 from tests.support.commands import racdeploy
 from tests.support.tiny_models import make_checkpoint
+
+pytestmark = pytest.mark.more
 
 RECIPE = """
 [traces]

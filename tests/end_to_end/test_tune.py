@@ -15,6 +15,8 @@ from racdeploy.report.tuning_files import read_tuning
 from racdeploy.targets import Target
 from tests.support.commands import Outcome, racdeploy
 
+pytestmark = pytest.mark.more
+
 TARGETS = Path(__file__).parents[2] / "targets"
 MAX_BYTES = 3_000_000
 SETTINGS = (

@@ -31,7 +31,7 @@ from racdeploy.tensors.safetensors import TensorEntry
 from racdeploy.verification.probe_strings import read_probe_strings
 from tests.support.errors import raises
 from tests.support.llama_child import LlamaAnswer, ask_llama
-from tests.support.matrix import selected, some, some_cases
+from tests.support.more import selected, some, some_cases
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import (
     FAMILIES,

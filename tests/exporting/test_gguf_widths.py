@@ -29,7 +29,7 @@ from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.errors import raises
 from tests.support.llama_child import LlamaAnswer, ask_llama
 from tests.support.llama_quantize import quantize
-from tests.support.matrix import selected, some
+from tests.support.more import selected, some
 from tests.support.real_server import llama_cpp_server, running
 from tests.support.tiny_models import LLAMA3, YARN, make_checkpoint
 

@@ -17,7 +17,7 @@ from racdeploy.exporting.onnx import writer as onnx_writer
 from racdeploy.exporting.onnx.exporter_choice import VerifiedGraph, export_verified_graph
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import cut_checkpoint
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.onnx_clients import GENAI, run, write_onnx_bundle
 from tests.support.tiny_models import make_checkpoint, turn_decay_rates
 from tests.support.tiny_onnx import TRACES_STATES
@@ -123,7 +123,7 @@ def test_rounded_weights_leave_what_computes_a_state_in_float32(
     whole = open_engine("transformers", folder, SETTINGS).logits(IDS)
     with OnnxRuntimeEngine(file, SETTINGS) as engine:
         rounded = engine.logits(IDS)
-    limit = {"f16": 0.01, "matmulnbits_8": 0.05, "matmulnbits_4": 1.0}[quant]
+    limit = {"f16": 0.01, "matmulnbits_8": 0.1, "matmulnbits_4": 1.0}[quant]
     assert 0 < np.abs(rounded - whole).max() < limit * float(np.abs(whole).max())
 
 

@@ -34,7 +34,7 @@ from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import cut_checkpoint
 from tests.support.errors import raises
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_artifacts import write_bundle
 from tests.support.tiny_models import (
     CUT_FAMILIES,

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.llama_converter import Job, convert
-from tests.support.matrix import selected, some_cases
+from tests.support.more import selected, some_cases
 from tests.support.mtp_head import add_further_head
 from tests.support.tiny_models import (
     FAMILIES,
@@ -42,6 +42,8 @@ from tests.support.tiny_models import (
     edit_json,
     make_checkpoint,
 )
+
+pytestmark = pytest.mark.more
 
 PIECES = {"pre_tokenizer": "mistral", "tokenizer_model": True}
 UNPADDED = {"pre_tokenizer": "gemma4", "vocab_size": 485, "vocab_size_per_layer_input": 485}

@@ -53,7 +53,7 @@ def _edit(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\n# edited\n")
 
 
-@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.more)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_file_that_a_stage_reaches_is_in_its_address(
     copy: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: int
@@ -144,6 +144,7 @@ def test_no_stage_reaches_what_comes_after_it() -> None:
     assert not [name for name in _reached("prune") if name.startswith(("exporting/", "packing/"))]
 
 
+@pytest.mark.more
 def test_a_scorer_that_is_edited_gives_another_trace_folder(copy: Path) -> None:
     """On the product's path: a copy runs, and says where its traces of the embedded model are."""
     shutil.copytree(ROOT / "models/tiny_reasoner", copy / "models/tiny_reasoner")

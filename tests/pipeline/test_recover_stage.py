@@ -26,7 +26,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
 from tests.support.fork_server import fork_context
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_training_run import TAUGHT, make_training_run
 
 TOKENS = 3000

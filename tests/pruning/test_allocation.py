@@ -29,7 +29,7 @@ from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import Trace
 from tests.support.block_outputs import take_states
 from tests.support.errors import raises
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 

@@ -23,14 +23,14 @@ from racdeploy.pruning.walk.statistics import PAD, InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning
 from tests.support.errors import raises
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 
 @pytest.fixture(params=some(FAMILIES))
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
-    """A model of each kind; of each family in ``make test-matrix``."""
+    """A model of each kind; of each family in ``make test-more``."""
     return Checkpoint(make_checkpoint(tmp_path / "model", request.param, dtype="float32"))
 
 

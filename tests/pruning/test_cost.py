@@ -69,7 +69,7 @@ def _prune_measured(folder: Path, family: str, settings: Pruning, quant: str) ->
     [
         ("qwen2", {"method": "magnitude", "target": "linear_output", "refit_steps": 0}, ""),
         pytest.param(
-            *("qwen2", {"method": "wanda", "refit_steps": 3}, "q4_0"), marks=pytest.mark.matrix
+            *("qwen2", {"method": "wanda", "refit_steps": 3}, "q4_0"), marks=pytest.mark.more
         ),
         pytest.param("qwen3_moe", {"refit_steps": 3}, "", marks=pytest.mark.slow),
     ],

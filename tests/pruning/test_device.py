@@ -21,8 +21,10 @@ from racdeploy.recipe import Pruning, Structure
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
 from tests.support.far_device import FAR, far_device
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import FAMILIES, make_checkpoint
+
+pytestmark = pytest.mark.more
 
 SETTINGS = [
     *({"method": name} for name in plugins.list_names("prune_methods")),

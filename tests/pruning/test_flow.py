@@ -18,7 +18,7 @@ from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.recipe import Pruning
 from racdeploy.traces.trace import Trace
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 

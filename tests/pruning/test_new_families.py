@@ -25,7 +25,7 @@ from racdeploy.recipe import Pruning
 from racdeploy.results.pruning import BlockRow, LinearRow
 from tests.support.block_outputs import take_states
 from tests.support.fork_server import fork_context
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import FAMILIES, NEMOTRON_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import make_trace
 
@@ -45,7 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**SHARED, "layer_types": KINDS},
 }
 ALWAYS = ("qwen3_5_text", "nemotron_h with experts", "gemma3n_text")
-"""A state, experts beside states, and shared keys; the others in ``make test-matrix``."""
+"""A state, experts beside states, and shared keys; the others in ``make test-more``."""
 NEW = [name for name in CONFIGS if name.partition(" ")[0] in FAMILIES]
 FITTED = [make_trace(i, 5 + i, 20 + 2 * i, 4) for i in range(24)]
 HELD_OUT = [make_trace(100 + i, 6, 30, 4) for i in range(4)]

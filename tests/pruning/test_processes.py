@@ -31,6 +31,8 @@ from tests.support.job_recipes import TRACES
 from tests.support.tiny_models import make_checkpoint
 from tests.support.waiting import wait_for
 
+pytestmark = pytest.mark.more
+
 RECIPE_OF_TRACES = {"traces": {"count": 24, "batch_size": 5, "max_new_tokens": 12}}
 UNDER_TORCH = {"traces": RECIPE_OF_TRACES["traces"] | {"engine": "transformers"}}
 SERVED = {"traces": {"server": "http://127.0.0.1:1/v1"}}

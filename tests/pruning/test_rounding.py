@@ -41,7 +41,7 @@ from racdeploy.recipe import Pruning, Recipe
 from racdeploy.tensors.safetensors import read_tensor_entries
 from tests.support.codes import read_as_file
 from tests.support.errors import raises
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES, make_trace
 from tests.support.tiny_training_run import read_weights
@@ -134,7 +134,9 @@ def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -
     scales it is 77 %.
 
     Q4_K's rounding has minima and keeps no zero: codes that keep them all cost 82 % of it; Q6_K's
-    cost 83 %, and those with a zero point 85 %.
+    cost 83 %, and those with a zero point 85 %. Between torch's portable, AVX2 and AVX-512 kernels
+    a share moves by 2.6 points for Q5_K and by .1 at most for all others: each limit is farther
+    away than three times that.
     """
     quant = quants.load(name)
     plain_OI = torch.from_numpy(

@@ -150,11 +150,11 @@ def test_the_cost_of_an_expert_is_that_of_its_removal(
 
 
 def list_recoveries() -> list[Any]:
-    """Return the first family with every method and each with one; others for the matrix."""
+    """Return the first family with every method and each with one; the others are marked."""
     pairs = []
     for family, method in itertools.product(NAMES, plugins.list_names("recover_methods")):
         is_kept = family == NAMES[0] or method == "blockwise"
-        marks = [] if is_kept else [pytest.mark.matrix]
+        marks = [] if is_kept else [pytest.mark.more]
         pairs.append(pytest.param(family, method, marks=marks))
     return pairs
 

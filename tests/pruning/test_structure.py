@@ -33,7 +33,7 @@ from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
-from tests.support.matrix import some
+from tests.support.more import some
 from tests.support.tiny_models import CUT_FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES, make_trace
 

@@ -19,6 +19,8 @@ from racdeploy.recovery.device_comparison import compare_with_cpu
 from tests.support.commands import racdeploy
 from tests.support.far_device import FAR, far_device
 
+pytestmark = pytest.mark.more
+
 STEPS = ["statistics", "solving", "codes", "recovery"]
 Change = Callable[[torch.Tensor], torch.Tensor]
 OTHER = torch.device("cpu", 0)

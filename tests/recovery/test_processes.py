@@ -41,6 +41,8 @@ from tests.support.job_recipes import RECOVERY
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_training_run import make_training_run, read_weights
 
+pytestmark = pytest.mark.more
+
 FORMATS = {"full": "", "scales codes": "q4_0", "blockwise": ""}
 """Each method, and the number format whose codes were chosen while pruning."""
 

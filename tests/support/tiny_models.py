@@ -377,6 +377,9 @@ def _model(
         settings["attention_bias"] = True
     # transformers 5 writes into the tables that it gets.
     given = copy.deepcopy(settings | _SETTINGS.get(family, {}) | config)
+    count, kinds = given["num_hidden_layers"], given.get("layer_types")
+    if "num_hidden_layers" in config and kinds and len(kinds) != count:
+        given["layer_types"] = [kinds[block % len(kinds)] for block in range(count)]
     if family == "nemotron_h":  # has no rotary embedding
         given = {key: value for key, value in given.items() if not key.startswith("rope_")}
     if family == "olmo3" and transformers.__version__ >= "5":  # takes rope_theta for one kind alone

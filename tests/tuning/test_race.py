@@ -153,7 +153,8 @@ def test_rounds_grow_to_all_prompts() -> None:
     assert list_rounds(7) == [7]
 
 
-@pytest.mark.parametrize("races", [10, pytest.param(40, marks=pytest.mark.matrix)])
+@pytest.mark.more
+@pytest.mark.parametrize("races", [10, pytest.param(40, marks=pytest.mark.more)])
 def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best(races: int) -> None:
     """12 equal models, 3 % of whose thoughts take twenty times as long."""
     stopped = 0

@@ -116,6 +116,7 @@ def _most_passes(pairs: int) -> int:
     return int(np.argmax(binomial_cdf(counts, pairs, 0.05) >= 0.95))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("name", "check"), [("accuracy at its limit", "accuracy"), ("length at its limit", "thinking")]
 )

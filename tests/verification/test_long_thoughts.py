@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.commands import environment
 from tests.support.hold import held_at_answers
 from tests.support.long_thoughts import PROMPTS
 from tests.support.waiting import wait_for_stop
+
+pytestmark = pytest.mark.more
 
 TOKENS = 16_000
 

@@ -45,6 +45,10 @@ class BlockwiseModel:
             checkpoint, {name: value.shape for name, value in self._model.named_parameters()}
         )
 
+        # Computed and in no file: who frees a block by moving it to meta would lose them.
+        self._block_buffers = [
+            dict(self.meta_block(index).named_buffers()) for index in range(self.shape.block_count)
+        ]
         self._has_per_layer_inputs = "P" in checkpoint.family.sizes
         self._altup = AltUp(checkpoint) if checkpoint.family.altup else None
 
@@ -99,7 +103,15 @@ class BlockwiseModel:
         for name, _ in list(block.named_parameters()):
             fill_parameter(self._model, f"{self.prefix(index)}.{name}", self.checkpoint)
             set_parameter(block, name, self.to_device(block.get_parameter(name).data))
+        self.fill_buffers(block, index)
         return block
+
+    def fill_buffers(self, block: nn.Module, index: int) -> None:
+        """Give a block, or a copy of it, the constants of its modules, on the device."""
+        for name, buffer in self._block_buffers[index].items():
+            owner, _, leaf = name.rpartition(".")
+            module = block.get_submodule(owner)
+            module.register_buffer(leaf, self.to_device(buffer), persistent=False)
 
     def load_final_norm(self) -> Callable[[Tensor], Tensor]:
         """Load the norm after the last block, with AltUp's merge before it, to the device."""

@@ -1,4 +1,4 @@
-"""Cases of a test, as families: some in every run, all of them in ``make test-matrix``."""
+"""Cases of a test, as families: some in every run, all of them with ``make test-more``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ with parts of a block in one tensor."""
 
 
 def some(names: Iterable[Hashable], kept: Collection[Hashable] = KINDS) -> list[Any]:
-    """Return values of one argument: those that are kept, and the others for the matrix."""
-    return [
-        name if name in kept else pytest.param(name, marks=pytest.mark.matrix) for name in names
-    ]
+    """Return values of one argument: those that are kept, and mark the others."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.more) for name in names]
 
 
 def some_cases(cases: Mapping[str, Mapping[str, Any]], kept: Collection[str]) -> list[Any]:
     """Return the names of cases with a ``family``; ``-k FAMILY`` selects all cases of one."""
     parameters = []
     for name, case in cases.items():
-        marks = () if name in kept else pytest.mark.matrix
+        marks = () if name in kept else pytest.mark.more
         parameters.append(pytest.param(name, id=f"{case['family']}: {name}", marks=marks))
     return parameters
 
