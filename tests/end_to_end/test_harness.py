@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -67,6 +68,12 @@ TASKS_TABLE = [
     )
 ]
 """
+
+
+@pytest.fixture
+def work(built: Path, tmp_path: Path) -> Path:
+    """A copy of the build's work folder for each test: what one leaves there, another counts."""
+    return Path(shutil.copytree(built.parent / "work", tmp_path / "work"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "RACDEPLOY_TESTS_HOLD"
+VARIABLE = "TESTS_HOLD"
+"""No name of those by which tests/support/prefork.py chooses a server."""
 _MAIN = "from tests.support import hold; hold.install(); import racdeploy.cli; racdeploy.cli.main()"
 
 
