@@ -57,8 +57,8 @@ test-more-changed: $(VENV)/.dev
 	if [ -n "$$files" ]; then $(PYTEST) -m '$(MORE)' $$files || [ $$? = 5 ]; else echo "no test of test-more is reached"; fi
 
 test-portable: $(VENV)/.dev
-	ATEN_CPU_CAPABILITY=default $(PYTEST) $(TESTS_PORTABLE)
-	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(TESTS_PORTABLE)
+	export ATEN_CPU_CAPABILITY=default; $(PYTEST) $(TESTS_PORTABLE)
+	export ATEN_CPU_CAPABILITY=avx2; $(PYTEST) $(TESTS_PORTABLE)
 
 test-kernels: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps ./kernels
