@@ -21,7 +21,7 @@ from tests.support.commands import racdeploy
 from tests.support.fork_server import fork_context
 from tests.support.tiny_models import make_checkpoint
 
-KILLS = 10
+KILLS = 20
 OPTIONS = {
     "traces": {"count": 24, "batch_size": 4, "max_new_tokens": 10},
     "calibration": {"keep_truncated": True},
