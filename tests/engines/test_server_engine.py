@@ -447,7 +447,7 @@ def test_several_shards_fill_the_concurrency_and_a_lost_one_keeps_its_completion
     together = threading.Barrier(6)
 
     def all_at_once(body: Json) -> Json:
-        together.wait(30)
+        together.wait(PATIENCE_S)
         return _good(body)
 
     place, whole = _served(folder, tmp_path / "whole", all_at_once, 6)

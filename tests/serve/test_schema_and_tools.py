@@ -21,6 +21,7 @@ from racdeploy.serve.app import ServedModel, make_app
 from tests.support.own_server import serving_bundle
 from tests.support.tiny_artifacts import make_onnx_bundle, make_thinking_bundle
 from tests.support.tiny_models import CHAT_TEMPLATE
+from tests.support.waiting import PATIENCE_S
 
 QUESTION = "What is 12 times 34?"
 TOOLS_TEMPLATE = (
@@ -276,7 +277,7 @@ def test_a_schema_that_grows_without_end_takes_no_time(client: openai.OpenAI) ->
     chain = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
     schema = {"$defs": {**chain, "d40": {"type": "null"}}, "$ref": "#/$defs/d0"}
     with pytest.raises(openai.BadRequestError, match="20,000 characters"):
-        ask(client, response_format=form_of(schema), timeout=30)
+        ask(client, response_format=form_of(schema), timeout=PATIENCE_S)
 
 
 def test_an_engine_or_template_without_them_says_so(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.commands import environment
+from tests.support.waiting import PATIENCE_S
 
 _MAIN = (
     "{before}import racdeploy.cli, racdeploy.serve.server as server; "
-    "server.SHUTDOWN_GRACE_S = {grace_s}; racdeploy.cli.main()"
+    "server.SHUTDOWN_GRACE_S = {grace_s}; server.RELOAD_EVERY_S = {reload_every_s}; "
+    "racdeploy.cli.main()"
 )
 
 
@@ -43,18 +45,27 @@ class OwnServer:
     def stop(self, number: signal.Signals) -> int:
         """Send a signal; return the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextmanager
 def serving_bundle(
-    bundle: Path, *options: object, grace_s: float = 5, before: str = "", **variables: str
+    bundle: Path,
+    *options: object,
+    grace_s: float = 5,
+    reload_every_s: float = 60,
+    before: str = "",
+    **variables: str,
 ) -> Iterator[OwnServer]:
-    """Serve a bundle on a free port; ``grace_s`` is how long it lets requests finish.
+    """Serve a bundle on a free port.
 
-    ``before`` is Python code that it runs first.
+    Args:
+        grace_s: how long it lets requests finish.
+        reload_every_s: interval at least between two loads of a model that has died.
+        before: Python code that it runs first.
     """
-    command = [sys.executable, "-c", _MAIN.format(grace_s=grace_s, before=before)]
+    main = _MAIN.format(grace_s=grace_s, reload_every_s=reload_every_s, before=before)
+    command = [sys.executable, "-c", main]
     process = subprocess.Popen(
         [*command, "serve", str(bundle), "--port", "0", "--threads", "1", *map(str, options)],
         stdout=subprocess.PIPE,
