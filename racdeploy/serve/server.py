@@ -32,7 +32,7 @@ from racdeploy.sparse_kernels import AccelMode
 
 SHUTDOWN_GRACE_S = 5
 RELOAD_EVERY_S = 60.0
-_WATCH_S = 0.5
+WATCH_EVERY_S = 0.5
 _LOG = logging.getLogger("racdeploy.serve")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -161,7 +161,7 @@ class BundleServer(uvicorn.Server):
         clock = asyncio.get_running_loop().time
         earliest_s = clock()
         while True:
-            await asyncio.sleep(_WATCH_S)
+            await asyncio.sleep(WATCH_EVERY_S)
             if self.served.model.is_alive() or clock() < earliest_s:
                 continue
 

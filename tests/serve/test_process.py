@@ -127,13 +127,16 @@ def test_no_child_is_left_of_a_server_that_is_killed(server: OwnServer) -> None:
 @has_proc
 def test_an_engine_that_dies_is_replaced(bundle: Path) -> None:
     """At once, and then only after the interval, which here outlasts a busy machine."""
-    with serving_bundle(bundle, *OPTIONS, reload_every_s=1e6) as server:
+    watch_always = "import racdeploy.serve.server as server; server.WATCH_EVERY_S = 0; "
+    with serving_bundle(bundle, *OPTIONS, reload_every_s=1e6, before=watch_always) as server:
         os.kill(server.engine_pid(), signal.SIGKILL)
         wait_for(lambda: is_answered(server), "another engine")
 
         os.kill(engine := server.engine_pid(), signal.SIGKILL)
         wait_for_end(engine)
         wait_for(lambda: not is_answered(server), "the server to notice")
+        # It has looked after its model many times until these are answered.
+        assert not any(is_answered(server) for _ in range(10))
         assert len(children(server.process.pid)) == 1  # the one that reads texts
 
 
