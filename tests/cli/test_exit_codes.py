@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy.api.records import Bundle
-from racdeploy.cli import console
+from racdeploy.api.records import Bundle, Verdict
+from racdeploy.cli import compare, console
 from racdeploy.cli.app import app
 from racdeploy.verification.gate import read_gate
 from tests.support.records import record
@@ -104,3 +105,16 @@ def test_every_output_is_tried_before_a_question_is_asked(tmp_path: Path) -> Non
         assert (ended.returncode, ended.stdout) == (4, "")
         assert "[write-failed]" in ended.stderr
         assert "verify pruned" not in ended.stderr
+
+
+@pytest.mark.parametrize(("codes", "code"), [((0, 0), 0), ((0, 3), 3), ((3, 1, 0), 1)])
+def test_of_several_models_a_failure_counts_before_missing_data(
+    codes: tuple[int, ...], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Verdict.from_report(build_report(), read_gate())
+    models = [replace(model, exit_code=each) for each in codes]
+    monkeypatch.setattr(compare, "call_with_progress", lambda *arguments: models)
+
+    asked = ["compare", "a.gguf", "--against", "b.gguf"]
+    assert CliRunner().invoke(app, asked).exit_code == code
+    assert CliRunner().invoke(app, [*asked, "--exit-zero"]).exit_code == 0

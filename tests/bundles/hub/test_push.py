@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,14 @@ def test_graphs_have_beside_them_what_programs_read(run: Run, hub: Hub, tmp_path
     # A second number format of the same model shares them.
     done = run("push", make_fake_bundle(tmp_path / "b", "q8", "onnx"), NAME)
     assert done.exit_code == 0, done.output
+
+    # Pushed again without one, the first leaves it to the second.
+    shutil.rmtree(tmp_path / "a")
+    bundle = make_fake_bundle(tmp_path / "a", "q4", "onnx")
+    (bundle / "config.json").unlink()
+    assert run("push", bundle, NAME).exit_code == 0
+    assert "racdeploy/onnx-q4/config.json" not in _files(hub)
+    assert "config.json" in _files(hub)
 
     # A model that is cut otherwise has another config.json, which the first would not run with.
     before = _files(hub)
